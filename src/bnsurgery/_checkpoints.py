@@ -1,0 +1,121 @@
+"""Checkpoints of a fine-tuning run: written whole or not at all, read without executing anything."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnsurgery._files import replacing
+from bnsurgery._tuning import EpochRecord
+from bnsurgery.errors import CheckpointError
+from bnsurgery.layers import join, named_modules, named_parameters
+
+FORMAT = "bnsurgery-checkpoint-1"
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint; the one before stays until the new one is whole."""
+    with replacing(path) as partial:
+        torch.save({"format": FORMAT, **state}, partial)
+
+
+def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
+    """Reads a checkpoint of the same configuration; nothing in it is executed.
+
+    Raises:
+        CheckpointError: it cannot be read, is none, or belongs to another configuration (differences listed).
+    """
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{str(path)!r} is not a checkpoint of bnsurgery ({FORMAT})")
+    saved = state.get("configuration")
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: it says no configuration")
+    differences = [
+        f"{name} was {saved.get(name)!r}, is {configuration.get(name)!r}"
+        for name in sorted(saved.keys() | configuration.keys())
+        if saved.get(name) != configuration.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint {str(path)!r} belongs to another run; {'; '.join(differences)}: "
+            "use another path, or remove the file"
+        )
+    return state
+
+
+def tensors(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, Tensor]:
+    """What a run changes in a model: the parameters that train and all buffers, by name; the tensors themselves."""
+    parameters = named_parameters(model)
+    found: dict[str, Tensor] = {name: parameters[name] for name in trainable}
+    for name, module in named_modules(model):
+        found |= {join(name, local): buffer for local, buffer in module.named_buffers(recurse=False)}
+    return found
+
+
+def restore(
+    path: Path,
+    state: dict[str, Any],
+    targets: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    device: torch.device,
+    generator: torch.Generator,
+) -> tuple[list[EpochRecord], int, str]:
+    """Puts a run back to where it was saved; the tensors come last, all or none.
+
+    Returns:
+        The history, the steps behind it, and how the run has ended.
+
+    Raises:
+        CheckpointError: entries are missing, malformed, or do not fit the model.
+    """
+    try:
+        history = [EpochRecord(**record) for record in state["history"]]
+        step, ended, values = int(state["step"]), str(state["ended"]), dict(state["tensors"])
+        wrong = sorted(targets.keys() ^ values.keys())
+        wrong += [name for name in targets.keys() & values.keys() if targets[name].shape != values[name].shape]
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
+        set_random_state(state["random"], device, generator)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: {type(error).__name__}: {error}") from error
+    if wrong:
+        raise CheckpointError(f"the checkpoint {str(path)!r}: its tensors do not fit the model: {', '.join(wrong[:6])}")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(values[name])
+    return history, step, ended
+
+
+def random_state(device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+    """All random state that a run depends on, as plain values and tensors."""
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "attack": generator.get_state(),
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device, generator: torch.Generator) -> None:
+    """Puts :func:`random_state` back."""
+    torch.set_rng_state(state["torch"])
+    generator.set_state(state["attack"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

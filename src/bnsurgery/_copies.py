@@ -1,0 +1,99 @@
+"""Private copies of a model in evaluation mode, and whether two of them compute the same."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnsurgery._modes import global_state
+from bnsurgery._tracing import leaves
+from bnsurgery.errors import FusionError
+from bnsurgery.layers import device_of, unwrap
+
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""What outputs may differ by, relative to the largest: rounding, in a deep network."""
+_TF32 = 1e-2
+"""The same for float32 on an accelerator, whose convolutions may round to 10 bits."""
+
+
+def evaluation_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Returns a copy without wrappers, in evaluation mode.
+
+    Args:
+        model: any module.
+        memo: what takes the place of which object of the model, by ``id``, wherever it is referred to: under several
+            names, in a plain list, or in a bound method.
+
+    Raises:
+        FusionError: something in the model cannot be copied.
+    """
+    memo = {} if memo is None else memo
+    try:
+        for module in reversed(list(model.modules())):
+            for tensor in leaves(vars(module), Tensor):
+                if not tensor.is_leaf:  # an old-style weight_norm's weight, or features kept from a training step
+                    memo[id(tensor)] = tensor.detach().clone()
+            if unwrap(module) is not module:
+                memo[id(module)] = copy.deepcopy(unwrap(module), memo)
+        return copy.deepcopy(unwrap(model), memo).eval()
+    except Exception as error:
+        raise FusionError(
+            f"{type(unwrap(model)).__name__} cannot be copied ({type(error).__name__}: {error}), and fusing is done on "
+            "copies: make it work with copy.deepcopy"
+        ) from error
+
+
+def arguments(example_input: Any) -> tuple[Any, ...]:
+    """The positional arguments in ``example_input``; tensors are copied, since a model may write to its input."""
+    args = example_input if isinstance(example_input, tuple) else (example_input,)
+    return copy.deepcopy(args, {id(t): t.detach().clone() for t in leaves(args, Tensor)})
+
+
+def verify(original: nn.Module, fused: nn.Module, example_input: Any) -> None:
+    """Runs two evaluation copies on the same input and compares all tensors that they return.
+
+    Raises:
+        FusionError: one does not run, or they differ by more than rounding.
+    """
+    expected = _outputs(original, example_input, "the original")
+    actual = _outputs(fused, example_input, "the fused copy")
+    if not expected:
+        raise FusionError("the model returns no tensor that could be compared: let it return tensors, lists or dicts")
+    shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in actual]
+    if shapes[0] != shapes[1]:
+        raise FusionError(f"the original returns tensors of shapes {shapes[0]}, and the fused copy {shapes[1]}")
+    dtypes = {tensor.dtype for tensor in (*original.parameters(), *expected)} & _TOLERANCES.keys()
+    tolerance = max((_TOLERANCES[dtype] for dtype in dtypes), default=0.0)
+    if torch.float32 in dtypes and any(tensor.device.type != "cpu" for tensor in expected):
+        tolerance = max(tolerance, _TF32)
+    largest = max(_relative_error(*pair) for pair in zip(actual, expected, strict=True))
+    if largest > tolerance:
+        raise FusionError(
+            f"the outputs of the fused copy differ from the original's by a relative error of {largest:.1e}, and the "
+            f"tolerance is {tolerance:.0e}: the trace missed something; leave the layers in question out of the plan"
+        )
+
+
+def _outputs(model: nn.Module, example_input: Any, which: str) -> list[Tensor]:
+    try:
+        with torch.no_grad(), global_state(device_of(model), seed=0):
+            return [tensor.cpu() for tensor in leaves(model(*arguments(example_input)), Tensor)]
+    except Exception as error:
+        raise FusionError(f"{which} does not run on example_input ({type(error).__name__}: {error})") from error
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference by the largest finite expected magnitude; equal infinities and NaN are no difference."""
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    actual, expected = actual.to(wide), expected.to(wide)
+    same = (actual == expected) | (actual.isnan() & expected.isnan())
+    difference = (actual - expected).abs()[~same]
+    magnitudes = expected[expected.isfinite()].abs()
+    if not difference.numel():
+        return 0.0
+    largest = float(difference.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+    scale = float(magnitudes.max()) if magnitudes.numel() else 0.0
+    return largest / scale if scale else largest

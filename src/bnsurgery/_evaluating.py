@@ -1,0 +1,199 @@
+"""What :func:`bnsurgery.evaluate` is made of: the attacks that are to run, and one evaluation under way."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bnsurgery._data import check_labels
+from bnsurgery.adapters import AUTOATTACK_PARTS, autoattack, check_attack, craft, describe_attack, is_autoattack
+from bnsurgery.attacks import PGD, Norm, distance
+from bnsurgery.errors import BNSurgeryWarning
+from bnsurgery.layers import device_of
+
+Build = Callable[[nn.Module, int, torch.device, int], Any]
+
+
+def plan(attacks: str | Sequence[Any], eps: float, norm: Norm, bounds: tuple[float, float]) -> list[tuple[str, Build]]:
+    """What is to run, in order: a name, and a function that builds the attack once the model is known."""
+    if isinstance(attacks, str) or not isinstance(attacks, Sequence):
+        attacks = (attacks,)
+    plans: list[tuple[str, Build]] = []
+    for attack in attacks:
+        if not isinstance(attack, str):
+            check_attack(attack)
+            plans.append((describe_attack(attack), lambda *_, attack=attack: attack))
+        elif attack == "autoattack":
+            plans += [(part, _autoattack_part(part, eps, norm)) for part in AUTOATTACK_PARTS]
+        elif attack in AUTOATTACK_PARTS:
+            plans.append((attack, _autoattack_part(attack, eps, norm)))
+        elif match := re.fullmatch(r"pgd-(\d+)", attack):
+            steps = int(match[1])
+            made = PGD(eps, steps, 2.5 * eps / max(steps, 1), norm, bounds=bounds)
+            plans.append((attack, lambda *_, made=made: made))
+        else:
+            known = ", ".join(map(repr, ("autoattack", *AUTOATTACK_PARTS, "pgd-20")))
+            raise ValueError(f"attacks must be among {known}, attack objects and callables, got {attack!r}")
+    if bounds != (0.0, 1.0) and any(isinstance(a, str) and not a.startswith("pgd") for a in attacks):
+        raise ValueError(f"AutoAttack knows inputs in [0, 1] alone, got bounds={bounds}: rescale the data or use PGD")
+    return plans
+
+
+def _autoattack_part(part: str, eps: float, norm: Norm) -> Build:
+    def build(model: nn.Module, classes: int, device: torch.device, seed: int) -> Any:
+        if part == "apgd-t" and classes < 4:
+            raise ValueError(
+                f"AutoAttack's {part} needs at least 4 classes, the model has {classes}: "
+                "name other parts, such as attacks=('apgd-ce', 'square')"
+            )
+        attack = autoattack(model, eps=eps, norm=norm, seed=seed, classes=classes, device=device)
+        attack.attacks_to_run = [part]
+        return attack
+
+    return build
+
+
+@dataclass(frozen=True)
+class AttackRow:
+    """What one attack did.
+
+    Attributes:
+        attack: its name.
+        tried: examples that were still right when it began.
+        broken: of these, those that it broke.
+        rejected: examples that it moved out of the eps-ball or the bounds; they do not count as broken.
+        robust_error: robust error after it, in percent of all examples.
+        seconds: wall time.
+    """
+
+    attack: str
+    tried: int
+    broken: int
+    rejected: int
+    robust_error: float
+    seconds: float
+
+
+class InPixels(nn.Module):
+    """A model that takes pixels in float32 and returns float32: normalisation and low precision are inside."""
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+        self.mean, self.std = torch.tensor(mean or [0.0]), torch.tensor(std or [1.0])
+        if not bool((self.std > 0).all()):
+            raise ValueError(f"std must be above 0, got {std}")
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """The model's own inputs (N, C, ...) in pixel units, float32."""
+        mean, std = self._like(x)
+        return x.to(mean.dtype) * std + mean
+
+    def inputs(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, C, ...) as the model takes them."""
+        mean, std = self._like(pixels)
+        return ((pixels - mean) / std).to(self.dtype)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (N, K) in float32."""
+        logits: Tensor = self.model(self.inputs(pixels))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _like(self, x: Tensor) -> list[Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, x.shape[1]):
+                raise ValueError(
+                    f"{name} must hold {x.shape[1]} values to go with x {tuple(x.shape)}, got {len(values)}"
+                )
+        return [values.to(x.device, dtype).view(-1, *[1] * (x.dim() - 2)) for values in (self.mean, self.std)]
+
+
+class Run:
+    """One evaluation: the examples, what is still right, and what broke the others."""
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> None:
+        self.model, self.x, self.y, self.batch_size = model, x, y, batch_size
+        self.device = device_of(model)
+        self.adversarial = x.clone()
+        self.robust = torch.ones(len(y), dtype=torch.bool)
+        self.classes = 0
+
+    def clean(self) -> Tensor:
+        """Whether each example is right without an attack, bool (N,)."""
+        return self.right(torch.arange(len(self.y)), self.x)
+
+    def right(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Whether the model classifies x, made from these rows, right: bool (len(rows),)."""
+        right = []
+        with torch.no_grad():
+            for part, index in zip(torch.split(x, self.batch_size), torch.split(rows, self.batch_size), strict=True):
+                logits = self.model(part.to(self.device))
+                check_labels(self.y[index], logits)
+                self.classes = logits.shape[1]
+                right.append(logits.argmax(1).cpu() == self.y[index])
+        return torch.cat(right)
+
+    def attack(
+        self, name: str, attack: Any, eps: float, norm: Norm, bounds: tuple[float, float], seed: int, progress: bool
+    ) -> AttackRow:
+        """Runs one attack on what is still right, and records what it broke."""
+        began = time.perf_counter()
+        left = self.robust.nonzero().flatten()
+        generator = torch.Generator().manual_seed(seed)
+        # AutoAttack cuts its batches itself, and starts its seed anew for each.
+        size = len(left) if is_autoattack(attack) else self.batch_size
+        broken = rejected = 0
+        bar = tqdm(total=len(left), desc=name, unit="img", disable=not (progress and len(left)), leave=False)
+        with bar:
+            for rows in torch.split(left, size) if len(left) else ():
+                x, y = self.x[rows], self.y[rows]
+                made = craft(
+                    attack,
+                    self.model,
+                    x.to(self.device),
+                    y.to(self.device),
+                    generator=generator,
+                    batch_size=self.batch_size,
+                ).cpu()
+                valid = _valid(x, made, eps, norm, bounds)
+                wrong = ~self.right(rows, made)
+                count = valid & wrong
+                self.adversarial[rows[count]] = made[count]
+                self.robust[rows[count]] = False
+                broken += int(count.sum())
+                rejected += int((~valid).sum())
+                bar.update(len(rows))
+                bar.set_postfix(robust_error=f"{percent(~self.robust):.1f}%")
+        if rejected:
+            warnings.warn(
+                f"{name} moved {rejected} of {len(left)} examples out of the {norm} ball of eps {eps:.4g} or "
+                "out of bounds: they do not count as broken",
+                BNSurgeryWarning,
+                stacklevel=3,
+            )
+        seconds = time.perf_counter() - began
+        return AttackRow(name, len(left), broken, rejected, percent(~self.robust), seconds)
+
+
+def _valid(x: Tensor, made: Tensor, eps: float, norm: Norm, bounds: tuple[float, float]) -> Tensor:
+    """Whether each example is within eps and the bounds, but for float32 rounding: bool (N,)."""
+    rounding = 1e-6
+    inside = distance(x, made, norm) <= eps * (1 + 1e-5) + rounding
+    flat = made.flatten(1)
+    return inside & (flat.amin(1) >= bounds[0] - rounding) & (flat.amax(1) <= bounds[1] + rounding)
+
+
+def percent(wrong: Tensor) -> float:
+    """The share of true entries, in percent."""
+    return 100 * float(wrong.double().mean())

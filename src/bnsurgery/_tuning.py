@@ -1,0 +1,268 @@
+"""One fine-tuning run under way: steps, epochs, records, schedule."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
+
+from bnsurgery._data import check_labels, unpack
+from bnsurgery._modes import Snapshot
+from bnsurgery.adapters import craft
+from bnsurgery.attacks import Loss
+from bnsurgery.errors import BNSurgeryWarning
+from bnsurgery.layers import device_of, unwrap
+
+Schedule: TypeAlias = Callable[[float], float]
+AttackStep: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Inputs (N, ...) and labels (N,) to adversarial examples of the model as it is now."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step: counted from 0 over the whole run.
+
+    Attributes:
+        epoch: from 0.
+        step: from 0, over all epochs.
+        loss: mean over the batch.
+        error: share misclassified, in training mode, in percent.
+        lr: learning rate of the first parameter group; 0 where nothing but statistics move.
+        examples: batch size.
+    """
+
+    epoch: int
+    step: int
+    loss: float
+    error: float
+    lr: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch.
+
+    Attributes:
+        epoch: from 0.
+        steps: whole steps in it.
+        examples: examples in these steps.
+        loss: mean over the examples, on what the model was trained on.
+        error: share of these misclassified, in training mode, in percent.
+        lr: learning rate at its end.
+        skipped: steps undone because a loss or gradient was not finite.
+        left_out: batches left out because a BN layer saw one value per channel.
+        seconds: wall time, callbacks not counted.
+    """
+
+    epoch: int
+    steps: int
+    examples: int
+    loss: float
+    error: float
+    lr: float
+    skipped: int
+    left_out: int
+    seconds: float
+
+
+Callback: TypeAlias = Callable[[EpochRecord, nn.Module], "bool | None"]
+StepCallback: TypeAlias = Callable[[StepRecord, nn.Module], "bool | None"]
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": lambda _progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    # Epochs 60, 90 and 120 of 150, as in the code that Walter et al. build on.
+    "step": lambda progress: 0.1 ** sum(progress >= milestone for milestone in (0.4, 0.6, 0.8)),
+}
+"""By name: progress from 0 to 1 to a factor on the learning rate."""
+
+
+def attack_step(attack: Any, model: nn.Module, generator: torch.Generator) -> AttackStep:
+    """The seam behind which adversarial examples are made: of the live model, as the attack itself does it."""
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        return craft(attack, model, x, y, generator=generator)
+
+    return step
+
+
+class _OneValue(Exception):  # noqa: N818 - not an error: it ends a forward pass
+    """A BN layer in training mode was given one value per channel."""
+
+
+class Tuning:
+    """The loop. ``model`` is called for the training step (it may be wrapped), its inside is attacked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        make: AttackStep | None,
+        clean_fraction: float,
+        loss: Loss,
+        schedule: Schedule,
+        epochs: int,
+        max_steps: int | None,
+        steps_per_epoch: int | None,
+        on_step: StepCallback | None,
+        progress: bool,
+    ) -> None:
+        self.model, self.root, self.optimizer = model, unwrap(model), optimizer
+        self.make, self.clean_fraction, self.loss, self.schedule = make, clean_fraction, loss, schedule
+        self.epochs, self.max_steps, self.on_step = epochs, max_steps, on_step
+        self.device = device_of(model)
+        self.step = self.epoch = 0
+        self.stopped = False
+        self._warned: set[str] = set()
+        self._rates = [group["lr"] for group in optimizer.param_groups] if optimizer else []
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+        total = None if steps_per_epoch is None else epochs * steps_per_epoch
+        self.total = max_steps if total is None else min(total, max_steps or total)
+        self._bar = tqdm(total=self.total, desc="fine-tuning", unit="step", disable=not progress)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Closes the progress bar and puts the learning rates back on leaving the block."""
+        try:
+            yield
+        finally:
+            self._bar.close()
+            for group, rate in zip(self.optimizer.param_groups if self.optimizer else (), self._rates, strict=True):
+                group["lr"] = rate
+
+    def resume(self, epoch: int, step: int) -> None:
+        """Goes on at the start of an epoch."""
+        self.epoch, self.step = epoch, step
+        self._bar.update(step)
+
+    def run_epoch(self, data: Iterable[Any]) -> EpochRecord:
+        """One pass over the data, or less where ``max_steps`` or a callback ends it."""
+        began = time.perf_counter()
+        steps = examples = skipped = left_out = batches = 0
+        total_loss = wrong = 0.0
+        for batch in data:
+            batches += 1
+            x, y = unpack(batch)
+            outcome = self._try(x.to(self.device), y.to(self.device).long())
+            self.step += 1
+            self._bar.update()
+            if isinstance(outcome, StepRecord):
+                steps, examples = steps + 1, examples + outcome.examples
+                total_loss += outcome.loss * outcome.examples
+                wrong += outcome.error * outcome.examples
+                self._bar.set_postfix(epoch=self.epoch + 1, loss=f"{outcome.loss:.3f}", error=f"{outcome.error:.1f}%")
+                self.stopped = bool(self.on_step and self.on_step(outcome, self.root))
+            else:
+                skipped += outcome == "skipped"
+                left_out += outcome == "left out"
+            if self.stopped or self.done:
+                break
+        if not batches:
+            raise ValueError(
+                f"data yielded no batch in epoch {self.epoch}: it must be an iterable that can be gone over each epoch"
+            )
+        return EpochRecord(
+            epoch=self.epoch,
+            steps=steps,
+            examples=examples,
+            loss=total_loss / examples if examples else math.nan,
+            error=wrong / examples if examples else math.nan,
+            lr=self._lr(),
+            skipped=skipped,
+            left_out=left_out,
+            seconds=time.perf_counter() - began,
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether ``max_steps`` are behind us."""
+        return self.max_steps is not None and self.step >= self.max_steps
+
+    def _try(self, x: Tensor, y: Tensor) -> StepRecord | str:
+        """A whole step, or none: what an exception or a number that is not finite interrupts is undone."""
+        before = Snapshot(self.root.buffers())
+        clean = round(self.clean_fraction * len(x))
+        whole = False
+        try:
+            with self._one_value_ends(1 in (len(x), len(x) - clean)):
+                x = self._mixed(x, y, clean)
+                self.model.train()
+                with torch.set_grad_enabled(self.optimizer is not None):
+                    logits = self.model(x)
+                    check_labels(y, logits)
+                    loss = self.loss(logits, y).mean()
+            if not self._backward(loss):
+                self._warn("skipped", f"step {self.step}: the loss or a gradient is not finite; the step is skipped")
+                return "skipped"
+            whole = True
+        except _OneValue as error:
+            self._warn("left out", f"step {self.step}: {error}; that batch is left out")
+            return "left out"
+        finally:
+            if not whole:
+                before.restore()
+            if self.optimizer is not None:
+                self.optimizer.zero_grad(set_to_none=True)
+        error_rate = 100 * float((logits.detach().argmax(1) != y).double().mean())
+        return StepRecord(self.epoch, self.step, float(loss.detach()), error_rate, self._lr(), len(x))
+
+    def _mixed(self, x: Tensor, y: Tensor, clean: int) -> Tensor:
+        """The batch to train on: its first part clean, the rest adversarial."""
+        if self.make is None or clean == len(x):
+            return x
+        return torch.cat([x[:clean], self.make(x[clean:], y[clean:])])
+
+    def _backward(self, loss: Tensor) -> bool:
+        """Steps the optimizer; False, with nothing changed, where a number is not finite."""
+        if not bool(torch.isfinite(loss)):
+            return False
+        if self.optimizer is None:
+            return True
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if gradients and not all(bool(torch.isfinite(norm)) for norm in torch._foreach_norm(gradients)):
+            return False
+        factor = self.schedule(self._progress())
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        return True
+
+    def _progress(self) -> float:
+        done = self.step / self.total if self.total else self.epoch / self.epochs
+        return min(done, 1.0)
+
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"]) if self.optimizer else 0.0
+
+    @contextmanager
+    def _one_value_ends(self, watch: bool) -> Iterator[None]:
+        """Watches, where a batch is of one, for BN layers that would have to take the variance of one value."""
+
+        def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if layer.training and inputs[0].numel() == inputs[0].shape[1]:
+                raise _OneValue(f"a BN layer was given one value per channel, {tuple(inputs[0].shape)}")
+
+        with ExitStack() as stack:
+            if watch:
+                for module in self.root.modules():
+                    if isinstance(module, _BatchNorm):
+                        stack.callback(module.register_forward_pre_hook(look).remove)
+            yield
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"{message} (said once)", BNSurgeryWarning, stacklevel=5)

@@ -1,0 +1,184 @@
+"""Measure clean and robust error: attacks in turn, each on what is left, every adversarial example checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnsurgery._data import Data, batches_of, check_bounds
+from bnsurgery._evaluating import AttackRow, InPixels, Run, percent, plan
+from bnsurgery._modes import global_state
+from bnsurgery.attacks import Norm, attacking, check_norm
+from bnsurgery.layers import device_of, unwrap
+
+__all__ = ["AttackRow", "Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Clean and robust error of a model, in percent; robust error counts what is wrong clean or under any attack.
+
+    Attributes:
+        examples: number of examples.
+        clean_error: share of examples misclassified without an attack, in percent.
+        robust_error: share misclassified clean or under any of the attacks, in percent.
+        rows: one for each attack, in order.
+        eps: radius in pixel units.
+        norm: of the ball.
+        seed: of the attacks.
+        correct: whether each example is classified right clean, bool (N,), on the CPU.
+        robust: whether each example is right clean and under all attacks, bool (N,), on the CPU.
+        adversarial: where asked for, the inputs (N, ...) with each broken example replaced by what broke it, as the
+            model takes them (normalised where ``mean`` and ``std`` were given), on the CPU.
+    """
+
+    examples: int
+    clean_error: float
+    robust_error: float
+    rows: tuple[AttackRow, ...]
+    eps: float
+    norm: Norm
+    seed: int
+    correct: Tensor = field(repr=False, compare=False)
+    robust: Tensor = field(repr=False, compare=False)
+    adversarial: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of ``robust_error`` as an estimate for the population, in percentage points."""
+        share = self.robust_error / 100
+        return 100 * math.sqrt(share * (1 - share) / self.examples)
+
+    def record(self) -> dict[str, Any]:
+        """The numbers alone, ready for JSON."""
+        names = ("examples", "clean_error", "robust_error", "standard_error", "eps", "norm", "seed")
+        return {name: getattr(self, name) for name in names} | {"rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.examples} examples, {self.norm}, eps {self.eps:.4g}",
+            f"{'clean error':28}{_p(self.clean_error)}",
+        ]
+        lines += [f"{f'after {row.attack}'[:27]:28}{_p(row.robust_error)}  ({row.seconds:.1f} s)" for row in self.rows]
+        return "\n".join([*lines, f"{'robust error':28}{_p(self.robust_error)}  +- {self.standard_error:.1f}"])
+
+
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    *,
+    attacks: str | Sequence[Any] = ("autoattack",),
+    eps: float = 8 / 255,
+    norm: Norm = "linf",
+    bounds: tuple[float, float] = (0.0, 1.0),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    batch_size: int = 250,
+    max_examples: int | None = None,
+    seed: int = 0,
+    keep_adversarial: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Measures clean and robust error of a model in evaluation mode; changes nothing.
+
+    Attacks run one after another, each on the examples that are still right. An example counts as broken only if the
+    adversarial one lies within eps and the bounds, and the model misclassifies it. The data is held in memory.
+
+    Args:
+        model: maps inputs to logits (N, K). Normalisation belongs inside it, or in ``mean`` and ``std``.
+        data: an iterable of ``(x, y)`` batches, or one pair of tensors: inputs (N, ...) and labels (N,).
+        attacks: any of: ``"autoattack"`` (standard AutoAttack, a row for each of its four parts), a part's own name
+            (``"apgd-ce"``, ``"apgd-t"``, ``"fab-t"``, ``"square"``), ``"pgd-20"`` (so many steps of 2.5 eps / steps),
+            a :class:`PGD`, a torchattacks object, an AutoAttack object, a callable ``attack(model, x, y)``.
+        eps: radius of the threat in pixel units, at least 0.
+        norm: ``"linf"`` or ``"l2"``.
+        bounds: lowest and highest valid input, in pixel units; AutoAttack knows [0, 1] alone.
+        mean: per-channel mean by which ``data`` was normalised, if it was: attacks then work on the pixels.
+        std: per-channel standard deviation likewise.
+        batch_size: examples attacked at once.
+        max_examples: use the first so many examples.
+        seed: seeds each attack anew, so that one attack's result does not hang on which ran before it.
+        keep_adversarial: return the adversarial examples too.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        Errors in percent, one row for each attack, and which examples held.
+
+    Raises:
+        ValueError: an unknown name, an argument out of range, no data, wrong shapes, labels or inputs out of range.
+        TypeError: an attack that is none.
+        MissingExtraError: AutoAttack is asked for and not installed.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
+        >>> x, y = torch.rand(8, 3, 2, 2), torch.arange(8)
+        >>> result = evaluate(model, (x, y), attacks=["pgd-10"], progress=False)
+        >>> result.examples, len(result.rows), result.robust_error >= result.clean_error
+        (8, 1, True)
+    """
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
+    check_norm(norm)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"max_examples must be at least 1, got {max_examples}")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together: give both or neither")
+    root = unwrap(model)
+    plans = plan(attacks, eps, norm, bounds)
+    with global_state(device_of(root)):
+        x, y = _gather(data, batch_size, max_examples)
+    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), x.dtype)
+    inside = None
+    if mean is not None or dtype.itemsize < 4 or x.dtype.itemsize < 4:
+        root = inside = InPixels(root, dtype, mean, std)
+        x = inside.pixels(x)
+    check_bounds(x, bounds)
+    run = Run(root, x, y, batch_size)
+    with attacking(root), torch.autocast(run.device.type, enabled=False):
+        correct = run.clean()
+        run.robust = correct.clone()
+        rows = []
+        built = [(name, build(root, run.classes, run.device, seed)) for name, build in plans]
+        for name, attack in built:
+            rows.append(run.attack(name, attack, eps, norm, bounds, seed, progress))
+    kept = None
+    if keep_adversarial:
+        kept = run.adversarial if inside is None else inside.inputs(run.adversarial)
+    return Evaluation(
+        examples=len(y),
+        clean_error=percent(~correct),
+        robust_error=percent(~run.robust),
+        rows=tuple(rows),
+        eps=eps,
+        norm=norm,
+        seed=seed,
+        correct=correct,
+        robust=run.robust,
+        adversarial=kept,
+    )
+
+
+def _gather(data: Data, batch_size: int, most: int | None) -> tuple[Tensor, Tensor]:
+    """The first ``most`` examples in memory: x (N, ...) and y (N,), on the CPU."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    count = 0
+    for x, y in batches_of(data, batch_size):
+        pairs.append((x.cpu(), y.cpu().long()))
+        count += len(y)
+        if most is not None and count >= most:
+            break
+    if not count:
+        raise ValueError("data has no examples")
+    return torch.cat([x for x, _ in pairs])[:most], torch.cat([y for _, y in pairs])[:most]
+
+
+def _p(error: float) -> str:
+    return f"{error:6.2f}%"

@@ -1,0 +1,292 @@
+"""Adversarial fine-tuning of batch normalization, or of anything: what trains, how, and the record of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bnsurgery import _checkpoints
+from bnsurgery._data import is_pair
+from bnsurgery._modes import global_state, preserved
+from bnsurgery._tuning import SCHEDULES, Callback, EpochRecord, Schedule, StepCallback, StepRecord, Tuning, attack_step
+from bnsurgery.adapters import check_attack, describe_attack
+from bnsurgery.attacks import PGD, Loss, cross_entropy
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.freezing import freeze_except_bn
+from bnsurgery.layers import device_of, named_parameters, unwrap
+
+Train = Literal["bn", "bn-params", "bn-stats", "all", "as-is"]
+TRAIN: tuple[Train, ...] = ("bn", "bn-params", "bn-stats", "all", "as-is")
+OptimizerLike = torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+__all__ = ["EpochRecord", "Finetuning", "StepRecord", "adv_finetune"]
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """What :func:`adv_finetune` did.
+
+    Attributes:
+        history: one record for each epoch.
+        trainable: names of the parameters that trained.
+        steps: steps in all, those skipped or left out included.
+        train: as asked for.
+        ended: ``"epochs"``, ``"max_steps"`` or ``"callback"``.
+    """
+
+    history: tuple[EpochRecord, ...]
+    trainable: tuple[str, ...]
+    steps: int
+    train: Train
+    ended: str
+
+    @property
+    def skipped(self) -> int:
+        """Steps undone because a loss or gradient was not finite."""
+        return sum(record.skipped for record in self.history)
+
+    def record(self) -> dict[str, Any]:
+        """Everything as plain values, ready for JSON."""
+        return asdict(self)
+
+
+def adv_finetune(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    epochs: int,
+    train: Train = "bn",
+    also: str | Iterable[str] = (),
+    attack: Any = PGD(),  # noqa: B008 - a plain description: the run draws from a generator of its own
+    clean_fraction: float = 0.0,
+    optimizer: OptimizerLike | None = None,
+    lr: float = 0.05,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    schedule: str | Schedule = "step",
+    loss: Loss = cross_entropy,
+    callbacks: Sequence[Callback] = (),
+    on_step: StepCallback | None = None,
+    max_steps: int | None = None,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Finetuning:
+    """Fine-tunes a model on adversarial examples, in place; by default its BN layers alone.
+
+    Each step attacks the batch with the model in evaluation mode, then takes an optimizer step on the adversarial
+    examples with the model in training mode (Walter et al., following Madry et al.). What changes in the model is the
+    parameters that train and the statistics; modes, ``requires_grad``, gradients and the process's random state are
+    as before afterwards, also after an exception, which leaves the model as after the last whole step.
+
+    Args:
+        model: maps inputs to logits (N, K).
+        data: an iterable of ``(x, y)`` batches, gone over once an epoch; moved to the model's device.
+        epochs: number of passes over the data, at least 1.
+        train: ``"bn"``: gamma, beta and statistics (Table 1 of Walter et al.: BN PARAMS). ``"bn-params"``: gamma and
+            beta, with BN normalising by fixed statistics (BN ONLY PARAMS). ``"bn-stats"``: statistics alone, nothing
+            but forward passes (BN STATS). ``"all"``: everything. ``"as-is"``: what requires a gradient now.
+        also: names or globs of modules or parameters that train too, such as ``("conv1", "logits")``.
+        attack: a :class:`PGD`, a torchattacks or AutoAttack object, or a callable ``attack(model, x, y)``; ``None``
+            trains on clean examples.
+        clean_fraction: share of each batch, from its front, that stays clean, in [0, 1].
+        optimizer: a function from the list of parameters to an optimizer, or an optimizer over at least these; by
+            default SGD with Nesterov momentum.
+        lr: learning rate of the default optimizer.
+        momentum: of the default optimizer.
+        weight_decay: of the default optimizer, on all that trains, gamma and beta included.
+        schedule: factor on the learning rate: ``"step"`` (x 0.1 after 40, 60 and 80 % of the steps), ``"cosine"``,
+            ``"linear"``, ``"constant"``, or a function of progress from 0 to 1.
+        loss: logits (N, K) and labels (N,) to a loss for each example (N,).
+        callbacks: called after each epoch with its record and the model; one that returns True ends the run.
+        on_step: called after each step likewise.
+        max_steps: end after so many steps.
+        seed: seeds the attack and, for the length of the call, torch's, NumPy's and Python's global generators, from
+            which a shuffling loader draws.
+        checkpoint: a file written after each epoch; where it exists the run goes on from it.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The history, and what trained.
+
+    Raises:
+        NoBatchNormError: ``train`` is one of the ``"bn"`` kinds and there is no BN layer.
+        ValueError: an argument out of range, nothing to train, no data, wrong shapes, inputs or labels out of range.
+        CheckpointError: the checkpoint is damaged or belongs to another run.
+        BNSurgeryError: a DistributedDataParallel model was built before what trains was chosen.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.BatchNorm1d(8))
+        >>> data = [(torch.rand(16, 3, 2, 2), torch.arange(16) % 8) for _ in range(4)]
+        >>> run = adv_finetune(model, data, epochs=2, lr=0.01, progress=False)
+        >>> run.trainable, run.steps
+        (('2.weight', '2.bias'), 8)
+    """
+    _check(data, epochs, train, clean_fraction, max_steps)
+    if attack is not None:
+        check_attack(attack)
+    factor = _schedule(schedule)
+    root, device = unwrap(model), device_of(model)
+    path = None if checkpoint is None else Path(checkpoint)
+    generator = torch.Generator().manual_seed(seed)
+    history: list[EpochRecord] = []
+    ended = "epochs"
+    asked = {name for name, parameter in named_parameters(root).items() if parameter.requires_grad}
+
+    with preserved(root, buffers=False), global_state(device, seed), _training(root, train, also) as trainable:
+        parameters = named_parameters(root)
+        _check_ddp(model, asked, parameters)
+        chosen = _optimizer(optimizer, [parameters[name] for name in trainable], lr, momentum, weight_decay)
+        tuning = Tuning(
+            model,
+            chosen,
+            make=None if attack is None else attack_step(attack, root, generator),
+            clean_fraction=clean_fraction,
+            loss=loss,
+            schedule=factor,
+            epochs=epochs,
+            max_steps=max_steps,
+            steps_per_epoch=_length(data),
+            on_step=on_step,
+            progress=progress,
+        )
+        configuration = {
+            "attack": describe_attack(attack) if attack is not None else "none",
+            "clean_fraction": float(clean_fraction),
+            "epochs": epochs,
+            "max_steps": max_steps,
+            "optimizer": None if chosen is None else type(chosen).__name__,
+            "options": [] if chosen is None else [_options(group) for group in chosen.param_groups],
+            "schedule": schedule if isinstance(schedule, str) else "function",
+            "seed": seed,
+            "train": train,
+            "trainable": [[name, *parameters[name].shape] for name in trainable],
+        }
+        with tuning.running():
+            if path is not None and path.exists():
+                state = _checkpoints.load(path, configuration)
+                targets = _checkpoints.tensors(root, trainable)
+                history, step, ended = _checkpoints.restore(path, state, targets, chosen, device, generator)
+                tuning.resume(len(history), step)
+            while tuning.epoch < epochs and ended == "epochs":
+                record = tuning.run_epoch(data)
+                history.append(record)
+                stop = [bool(callback(record, root)) for callback in callbacks]
+                if tuning.stopped or any(stop):
+                    ended = "callback"
+                elif tuning.done:
+                    ended = "max_steps"
+                tuning.epoch += 1
+                if path is not None:
+                    state = {
+                        "configuration": configuration,
+                        "ended": ended,
+                        "history": [asdict(record) for record in history],
+                        "optimizer": None if chosen is None else chosen.state_dict(),
+                        "random": _checkpoints.random_state(device, generator),
+                        "step": tuning.step,
+                        "tensors": {
+                            name: tensor.detach().cpu()
+                            for name, tensor in _checkpoints.tensors(root, trainable).items()
+                        },
+                    }
+                    _checkpoints.save(path, state)
+    return Finetuning(tuple(history), trainable, tuning.step, train, ended)
+
+
+@contextmanager
+def _training(model: nn.Module, train: Train, also: str | Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Makes trainable what ``train`` says, for the block; yields the names."""
+    if train == "as-is":
+        if also:
+            raise ValueError("also= goes with the other kinds of train=: with 'as-is', set requires_grad yourself")
+        names = tuple(name for name, parameter in named_parameters(model).items() if parameter.requires_grad)
+        if not names:
+            raise ValueError("train='as-is', and no parameter requires a gradient")
+        yield names
+        return
+    if train == "all":
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        also = "*"
+    moves = train in ("bn", "bn-params")
+    stats: Literal["frozen", "update"] = "frozen" if train == "bn-params" else "update"
+    has_bn = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if train == "all" and not has_bn:
+        yield tuple(named_parameters(model))
+        return
+    with freeze_except_bn(model, weight=moves, bias=moves, stats=stats, also=also) as freeze:
+        if moves and not freeze.trainable:
+            raise ValueError(
+                f"train={train!r}, and no BN layer has a gamma or beta: nothing trains; name some with also="
+            )
+        yield freeze.trainable
+
+
+def _optimizer(
+    given: OptimizerLike | None, parameters: list[nn.Parameter], lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer | None:
+    if not parameters:
+        return None
+    if given is None:
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay)
+    chosen = given if isinstance(given, torch.optim.Optimizer) else given(parameters)
+    held = {id(parameter) for group in chosen.param_groups for parameter in group["params"]}
+    missing = sum(id(parameter) not in held for parameter in parameters)
+    if missing:
+        raise ValueError(f"the optimizer lacks {missing} of the {len(parameters)} parameters that train")
+    return chosen
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What sets a parameter group apart, as plain values."""
+    plain = {name: value for name, value in group.items() if isinstance(value, (bool, int, float, tuple, str))}
+    return plain | {"parameters": len(group["params"])}
+
+
+def _schedule(schedule: str | Schedule) -> Schedule:
+    if callable(schedule):
+        return schedule
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))} or a function, got {schedule!r}")
+    return SCHEDULES[schedule]
+
+
+def _check(data: object, epochs: int, train: str, clean_fraction: float, max_steps: int | None) -> None:
+    if train not in TRAIN:
+        raise ValueError(f"train must be one of {', '.join(map(repr, TRAIN))}, got {train!r}")
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if not 0 <= clean_fraction <= 1:
+        raise ValueError(f"clean_fraction must lie in [0, 1], got {clean_fraction}")
+    if is_pair(data):
+        raise ValueError("data must be an iterable of (x, y) batches, got one pair of tensors: use a DataLoader")
+    if not isinstance(data, Iterable):
+        raise ValueError(f"data must be an iterable of (x, y) batches, got {type(data).__name__}")
+
+
+def _check_ddp(model: nn.Module, asked: set[str], parameters: dict[str, nn.Parameter]) -> None:
+    """DistributedDataParallel looks at ``requires_grad`` when it is built, and waits for those gradients ever after."""
+    trains = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    if isinstance(model, nn.parallel.DistributedDataParallel) and trains != asked:
+        raise BNSurgeryError(
+            "DistributedDataParallel was built when other parameters required a gradient: "
+            "call freeze_except_bn first, wrap the model then, and pass train='as-is'"
+        )
+
+
+def _length(data: object) -> int | None:
+    try:
+        return len(data)  # type: ignore[arg-type]  # asked, not assumed
+    except TypeError:
+        return None

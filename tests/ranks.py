@@ -1,0 +1,46 @@
+"""One of several processes of test_stats: recalibrates on its own share of the data and writes what it found.
+
+Run as ``python ranks.py RANK WORLD STORE OUT``; each process writes ``OUT.RANK``.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bnsurgery import recalibrate_bn
+from networks import SHARED, SMALL, Case
+
+CASES = {"small": SMALL, "shared": SHARED}
+SHARES = ([5, 2, 3], [4])
+"""Sizes of the batches of each rank, of unlike number: together 14 samples."""
+
+
+def samples(case: Case) -> Tensor:
+    return case.example(sum(map(sum, SHARES)), torch.float64)
+
+
+def share(case: Case, rank: int) -> list[Tensor]:
+    begin = sum(map(sum, SHARES[:rank]))
+    return list(samples(case)[begin:].split([*SHARES[rank], sum(map(sum, SHARES[rank + 1 :]))])[: len(SHARES[rank])])
+
+
+def main(rank: int, world: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    found = {}
+    for name, case in CASES.items():
+        for estimator in ("pooled", "exact"):
+            model = case.build(torch.float64)
+            result = recalibrate_bn(model, share(case, rank), estimator=estimator)
+            found[name, estimator] = model.state_dict(), result.batches, result.elements
+    torch.save(found, f"{out}.{rank}")
+    dist.barrier()  # who leaves first takes the store along
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -1,0 +1,66 @@
+"""The README, the changelog and the API pages: examples run, links lead somewhere, every public name is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import bnsurgery
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+API = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "api").glob("*.md"))}
+
+TARGET = re.compile(r"""\]\(<?([^)\s>]+)|\b(?:src|href)=["']([^"']+)""")
+"""Where a Markdown link or image, or an HTML attribute, leads."""
+
+
+def fences(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def relative_targets(text: str) -> list[str]:
+    targets = [markdown or html for markdown, html in TARGET.findall(text)]
+    return [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
+
+
+def test_the_python_examples_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = fences(README, "python")
+    assert blocks, "README.md has no Python example"
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "readme"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_fences_and_targets_are_found() -> None:
+    text = '```python\na = 1\n```\n[b](docs/b.md#c) [d](#d) ![e](e.png) <img src="f.png"> [g](https://g.org)'
+    assert fences(text, "python") == ["a = 1\n"]
+    assert relative_targets(text) == ["docs/b.md", "e.png", "f.png"]
+
+
+@pytest.mark.parametrize("target", relative_targets(README))
+def test_what_the_readme_links_to_exists(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("name", bnsurgery.__all__)
+def test_every_public_name_is_documented_once(name: str) -> None:
+    directive = re.compile(rf"^\.\. auto(?:function|class|exception):: bnsurgery\.{name}(?:\(\))?$", re.MULTILINE)
+    assert len([page for page, text in API.items() for _ in directive.findall(text)]) == 1
+
+
+def test_the_index_of_the_api_lists_every_page() -> None:
+    (toctree,) = fences(API["index.md"], r"\{toctree\}")
+    listed = [f"{line}.md" for line in toctree.splitlines() if line and not line.startswith(":")]
+    assert sorted(listed) == sorted(API.keys() - {"index.md"})
+
+
+def test_the_changelog_has_a_section_for_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[{re.escape(bnsurgery.__version__)}\]", changelog, flags=re.MULTILINE)

@@ -1,0 +1,1157 @@
+"""adv_finetune: what changes and what does not, to the bit; and that a run can be stopped, broken and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchattacks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, TensorDataset
+
+from bnsurgery import (
+    PGD,
+    BNSurgeryError,
+    BNSurgeryWarning,
+    CheckpointError,
+    EpochRecord,
+    Finetuning,
+    NoBatchNormError,
+    StepRecord,
+    adv_finetune,
+    freeze_except_bn,
+)
+from bnsurgery import _checkpoints as checkpoints
+from bnsurgery._tuning import SCHEDULES
+from networks import AFFINE_FREE, LIGHT, SHARED, SMALL, Case
+from test_attacks import World, bits, lived_in, tracing
+
+FAST = PGD(8 / 255, 2, 4 / 255)
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def batches(*sizes: int, case: Case = SMALL) -> Batches:
+    x, y = case.example(sum(sizes)), case.labels(sum(sizes))
+    return list(zip(x.split(sizes), y.split(sizes), strict=True))
+
+
+def tune(model: nn.Module, data: object, **options: object) -> Finetuning:
+    return adv_finetune(model, data, **{"epochs": 1, "attack": FAST, "progress": False, **options})
+
+
+def values(model: nn.Module) -> dict[str, bytes]:
+    return {name: bits(tensor) for name, tensor in model.state_dict().items()}
+
+
+def changed(before: dict[str, bytes], model: nn.Module) -> set[str]:
+    now = values(model)
+    assert now.keys() == before.keys()
+    return {name for name in now if now[name] != before[name]}
+
+
+def bn_names(model: nn.Module, *parts: str) -> set[str]:
+    return {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for part in parts
+        if getattr(module, part, None) is not None
+    }
+
+
+PARAMETERS = ("weight", "bias")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Recording:
+    """An attack that adds a hundredth, and remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        assert not any(module.training for module in model.modules())
+        self.sizes.append(len(x))
+        return x + 0.01
+
+
+class Stop(Exception):  # noqa: N818
+    """Raised by tests in the middle of a run."""
+
+
+# What changes.
+
+
+@pytest.mark.filterwarnings("ignore:no BN layer has a gamma or beta")
+@pytest.mark.parametrize("case", LIGHT, ids=repr)
+@pytest.mark.parametrize("train", ["bn", "bn-params", "bn-stats", "all", "as-is"])
+def test_what_should_change_changes_and_nothing_else(case: Case, train: str) -> None:
+    model = case.build()
+    if train == "as-is":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith(".weight"))
+    before, names = values(model), {name for name, _ in model.named_parameters()}
+    data = batches(4, 4, case=case)
+    if case is AFFINE_FREE and train in ("bn", "bn-params"):
+        with pytest.raises(ValueError, match=f"train='{train}', and no BN layer has a gamma or beta: nothing trains"):
+            tune(model, data, train=train)
+        assert changed(before, model) == set()
+        return
+    expected = {
+        "bn": bn_names(model, *PARAMETERS, *STATISTICS),
+        "bn-params": bn_names(model, *PARAMETERS),
+        "bn-stats": bn_names(model, *STATISTICS),
+        "all": names | bn_names(model, *STATISTICS),
+        "as-is": {name for name in names if name.endswith(".weight")} | bn_names(model, *STATISTICS),
+    }[train]
+    result = tune(model, data, train=train)
+    # A bias in front of a BN layer in training mode has no gradient but rounding: it may move or not.
+    may_stay = {name for name in names if name.endswith("bias")} - bn_names(model, *PARAMETERS)
+    assert expected - may_stay <= changed(before, model) <= expected
+    assert set(result.trainable) == names & expected
+
+
+@pytest.mark.parametrize(
+    ("train", "also", "names"),
+    [
+        ("bn", "0", {"0.weight"}),
+        ("bn", ["10.*"], {"10.weight", "10.bias"}),
+        ("bn-params", ("7.weight",), {"7.weight"}),
+        ("bn-stats", ["10.bias", "0"], {"10.bias", "0.weight"}),
+        ("bn", ["1", "1.weight"], set()),
+    ],
+)
+def test_also_adds_what_it_names(train: str, also: object, names: set[str]) -> None:
+    model = SMALL.build()
+    before = values(model)
+    parts = {"bn": (*PARAMETERS, *STATISTICS), "bn-params": PARAMETERS, "bn-stats": STATISTICS}[train]
+    result = tune(model, batches(4, 4), train=train, also=also)
+    assert changed(before, model) == bn_names(model, *parts) | names
+    assert names <= set(result.trainable)
+
+
+def test_training_everything_does_not_warn_that_nothing_trains() -> None:
+    # Warnings are errors here.
+    assert len(tune(AFFINE_FREE.build(), batches(4, 4), train="all").trainable) == 7
+
+
+def test_a_network_without_bn_trains_whole() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    before = values(model)
+    assert tune(model, batches(4), train="all").trainable == ("1.weight", "1.bias")
+    assert changed(before, model) == set(before)
+
+
+def test_as_is_honours_a_freeze_made_by_hand() -> None:
+    by_name, by_hand = SMALL.build(), SMALL.build()
+    tune(by_name, batches(4, 4), train="bn-params")
+    with freeze_except_bn(by_hand, stats="frozen"):
+        tune(by_hand, batches(4, 4), train="as-is")
+    assert values(by_name) == values(by_hand)
+
+
+def test_an_optimizer_over_everything_moves_only_what_trains() -> None:
+    model = SMALL.build()
+    before = values(model)
+    # Weight decay would move what has a gradient of zero, and Adam too.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    tune(model, batches(4, 4), optimizer=optimizer)
+    assert changed(before, model) == bn_names(model, *PARAMETERS, *STATISTICS)
+
+
+def test_the_step_is_the_one_written_out_here() -> None:
+    model, reference = SMALL.build(torch.float64), SMALL.build(torch.float64)
+    data = [(x.double(), y) for x, y in batches(6, 4)]
+    attack = PGD(8 / 255, 2, 4 / 255, random_start=False)
+    tune(model, data, epochs=2, attack=attack, train="all", lr=0.1, momentum=0.8, weight_decay=0.01, schedule="linear")
+    velocity: dict[str, Tensor] = {}
+    for step, (x, y) in enumerate(data * 2):
+        adversarial = attack(reference, x, y)
+        reference.train()
+        logits = reference(adversarial)
+        loss = (torch.logsumexp(logits, 1) - logits[torch.arange(len(y)), y]).mean()
+        names, parameters = zip(*reference.named_parameters(), strict=True)
+        with torch.no_grad():
+            for name, parameter, grad in zip(names, parameters, torch.autograd.grad(loss, parameters), strict=True):
+                grad = grad + 0.01 * parameter
+                velocity[name] = 0.8 * velocity[name] + grad if name in velocity else grad
+                parameter -= 0.1 * (1 - step / 4) * (grad + 0.8 * velocity[name])  # Nesterov's
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor.double(), reference.state_dict()[name].double(), rtol=1e-9, atol=1e-12), name
+
+
+def test_bn_stats_are_those_of_torch_in_training_mode() -> None:
+    model, reference = SMALL.build(), SMALL.build()
+    data = batches(6, 4)
+    tune(model, data, train="bn-stats", attack=None, epochs=2)
+    reference.train()
+    for x, _ in data * 2:
+        with torch.no_grad():
+            reference(x)
+    assert values(model) == values(reference)
+
+
+# The batch.
+
+
+@pytest.mark.parametrize(("fraction", "sizes"), [(0, [6, 4]), (0.5, [3, 2]), (0.25, [4, 3]), (1, [])])
+def test_clean_fraction_keeps_the_front_of_each_batch_clean(fraction: float, sizes: list[int]) -> None:
+    model, attack, seen = SMALL.build(), Recording(), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    data = batches(6, 4)
+    tune(model, data, attack=attack, clean_fraction=fraction)
+    assert attack.sizes == sizes
+    for (x, _), trained, attacked in zip(data, seen, sizes or [0, 0], strict=True):
+        clean = len(x) - attacked
+        assert torch.equal(trained[:clean], x[:clean])
+        assert torch.equal(trained[clean:], x[clean:] + 0.01)
+
+
+def test_without_an_attack_training_is_clean() -> None:
+    one, two = SMALL.build(), SMALL.build()
+    tune(one, batches(6, 4), attack=None)
+    tune(two, batches(6, 4), clean_fraction=1)
+    assert values(one) == values(two)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda model: torchattacks.PGD(model, steps=2),
+        lambda model: PGD(steps=1, bn="train"),
+        lambda model: lambda model, x, y: (x + 0.01 * torch.rand_like(x)).clamp(0, 1),
+    ],
+    ids=["torchattacks", "PGD", "callable"],
+)
+def test_any_attack_serves(build: Callable[[nn.Module], object]) -> None:
+    model = SMALL.build()
+    before = values(model)
+    assert tune(model, batches(4, 4), attack=build(model)).history[0].steps == 2
+    assert changed(before, model) == bn_names(model, *PARAMETERS, *STATISTICS)
+    counters = [layer.num_batches_tracked.item() for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    assert counters == [7 + 2] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
+    one, two = SMALL.build(), SMALL.build()
+    tune(one, [(x, y.to(dtype)) for x, y in batches(4, 4)])
+    tune(two, batches(4, 4))
+    assert values(one) == values(two)
+
+
+# Optimizers and schedules.
+
+
+def test_an_optimizer_comes_as_factory_or_instance() -> None:
+    default, factory, instance = SMALL.build(), SMALL.build(), SMALL.build()
+    options = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    tune(default, batches(4, 4))
+    given = []
+    tune(
+        factory,
+        batches(4, 4),
+        optimizer=lambda parameters: given.append(len(parameters)) or torch.optim.SGD(parameters, **options),
+    )
+    parameters = dict(instance.named_parameters())
+    tune(
+        instance,
+        batches(4, 4),
+        optimizer=torch.optim.SGD([parameters[name] for name in sorted(bn_names(instance, *PARAMETERS))], **options),
+    )
+    assert given == [6]
+    assert values(default) == values(factory) == values(instance)
+
+
+@pytest.mark.parametrize("kind", ["instance", "factory"])
+def test_an_optimizer_that_lacks_parameters_is_refused(kind: str) -> None:
+    model = SMALL.build()
+    world = World(model)
+    given = torch.optim.SGD([model[1].weight], lr=0.1)
+    with pytest.raises(ValueError, match="the optimizer lacks 5 of the 6 parameters that train"):
+        tune(model, batches(4), optimizer=given if kind == "instance" else lambda _: given)
+    assert world.unchanged()
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_learning_rates_are_put_back(breaks: bool) -> None:
+    model = SMALL.build()
+    groups = [{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(model.parameters())]
+    optimizer = torch.optim.SGD(groups)
+    seen = []
+
+    def look(record: StepRecord, _: nn.Module) -> None:
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        if breaks and record.step == 2:
+            raise Stop
+
+    with pytest.raises(Stop) if breaks else nullcontext():
+        tune(model, batches(2, 2, 2, 2), optimizer=optimizer, schedule="linear", on_step=look)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01 * (i + 1) for i in range(len(groups))]
+    for step, rates in enumerate(seen):
+        assert rates == pytest.approx([0.01 * (i + 1) * (1 - step / 4) for i in range(len(groups))])
+    assert len(seen) == (3 if breaks else 4)
+
+
+def rates(data: object, **options: object) -> list[float]:
+    seen: list[float] = []
+    tune(SMALL.build(), data, lr=1e-3, attack=None, on_step=lambda record, _: seen.append(record.lr), **options)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("schedule", "formula"),
+    [
+        ("constant", lambda t: 1),
+        ("linear", lambda t: 1 - t),
+        ("cosine", lambda t: (1 + math.cos(math.pi * t)) / 2),
+        ("step", lambda t: 1 if t < 0.4 else 0.1 if t < 0.6 else 0.01 if t < 0.8 else 0.001),
+        (lambda t: 2 - t**2, lambda t: 2 - t**2),
+    ],
+    ids=["constant", "linear", "cosine", "step", "function"],
+)
+def test_schedules_follow_their_formulas(schedule: object, formula: Callable[[float], float]) -> None:
+    data = batches(2, 2, 2, 2, 2)
+    assert rates(data, epochs=2, schedule=schedule) == pytest.approx([1e-3 * formula(step / 10) for step in range(10)])
+    # max_steps shortens the way.
+    assert rates(data, epochs=2, schedule=schedule, max_steps=4) == pytest.approx(
+        [1e-3 * formula(step / 4) for step in range(4)]
+    )
+
+
+def test_where_the_length_is_unknown_a_schedule_goes_by_epochs() -> None:
+    class Stream:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(batches(2, 2))
+
+    assert rates(Stream(), epochs=2, schedule="linear") == pytest.approx([1e-3, 1e-3, 0.5e-3, 0.5e-3])
+
+
+def test_the_steps_of_the_paper() -> None:
+    # Epochs 60, 90 and 120 of 150.
+    factors = [SCHEDULES["step"](epoch / 150) for epoch in (0, 59, 60, 89, 90, 119, 120, 149)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+# It works.
+
+
+def test_fine_tuning_lowers_the_adversarial_loss() -> None:
+    patterns = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(64) % 4
+    noise = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = 0.7 * patterns[y] + 0.3 * noise
+    model = SMALL.build()
+
+    def adversarial_loss() -> float:
+        made = PGD(0.03, 10, 0.01)(model, x, y)
+        with torch.no_grad():
+            return float(F.cross_entropy(model.eval()(made), y))
+
+    before = adversarial_loss()
+    data = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
+    result = tune(model, data, epochs=12, attack=PGD(0.03, 3, 0.02), lr=0.1, also="10")
+    assert adversarial_loss() < 0.5 * before
+    assert result.history[-1].loss < 0.5 * result.history[0].loss
+    assert result.history[-1].error < result.history[0].error
+
+
+# Records.
+
+
+def test_history_sums_up_the_steps() -> None:
+    steps: list[StepRecord] = []
+    model = SMALL.build()
+    data = batches(4, 6, 2)
+    result = tune(model, data, epochs=2, lr=0.02, schedule="linear", on_step=lambda record, _: steps.append(record))
+    assert [(record.epoch, record.step, record.examples) for record in steps] == [
+        (epoch, 3 * epoch + i, size) for epoch in range(2) for i, size in enumerate((4, 6, 2))
+    ]
+    for epoch, record in enumerate(result.history):
+        mine = [step for step in steps if step.epoch == epoch]
+        assert (record.epoch, record.steps, record.examples, record.skipped, record.left_out) == (epoch, 3, 12, 0, 0)
+        assert record.loss == pytest.approx(sum(step.loss * step.examples for step in mine) / 12)
+        assert record.error == pytest.approx(sum(step.error * step.examples for step in mine) / 12)
+        assert record.lr == mine[-1].lr == pytest.approx(0.02 * (1 - (3 * epoch + 2) / 6))
+        assert record.seconds > 0
+    assert (result.steps, result.train, result.ended, result.skipped) == (6, "bn", "epochs", 0)
+    trains = bn_names(model, *PARAMETERS)
+    assert result.trainable == tuple(name for name, _ in model.named_parameters() if name in trains)
+
+
+def test_loss_and_error_are_those_of_the_batch_trained_on() -> None:
+    model, reference = SMALL.build(), SMALL.build().train()
+    ((x, y),) = batches(6)
+    result = tune(model, [(x, y)], attack=Recording(), clean_fraction=0.5)
+    logits = reference(torch.cat([x[:3], x[3:] + 0.01])).detach()
+    assert result.history[0].loss == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-5)
+    assert result.history[0].error == pytest.approx(100 * float((logits.argmax(1) != y).double().mean()))
+
+
+def test_a_loss_of_ones_own_is_used() -> None:
+    def brier(logits: Tensor, y: Tensor) -> Tensor:
+        return (logits.softmax(1) - F.one_hot(y, 10)).square().sum(1)
+
+    one, two, reference = SMALL.build(), SMALL.build(), SMALL.build().train()
+    ((x, y),) = batches(6)
+    result = tune(one, [(x, y)], attack=None, loss=brier)
+    tune(two, [(x, y)], attack=None)
+    assert result.history[0].loss == pytest.approx(float(brier(reference(x).detach(), y).mean()), rel=1e-5)
+    assert values(one) != values(two)
+
+
+def test_the_record_is_ready_for_json() -> None:
+    result = tune(SMALL.build(), batches(4, 4), epochs=2)
+    record = json.loads(json.dumps(result.record()))
+    assert record["train"] == "bn"
+    assert record["steps"] == 4
+    assert [EpochRecord(**epoch) for epoch in record["history"]] == list(result.history)
+    assert tuple(record["trainable"]) == result.trainable
+
+
+def test_statistics_alone_have_no_learning_rate() -> None:
+    assert tune(SMALL.build(), batches(4), train="bn-stats").history[0].lr == 0
+
+
+# Callbacks and the end.
+
+
+def test_callbacks_are_called_after_each_epoch_with_record_and_model() -> None:
+    model = SMALL.build()
+    seen = []
+    result = tune(
+        nn.DataParallel(model),
+        batches(4),
+        epochs=3,
+        callbacks=[lambda *arguments: seen.append(arguments), lambda *_: seen.append(None)],
+    )
+    assert [arguments for arguments in seen if arguments] == [(record, model) for record in result.history]
+    assert seen[1::2] == [None] * 3
+
+
+def test_a_callback_may_change_the_mode_of_the_model() -> None:
+    one, two = SMALL.build(), SMALL.build()
+    tune(one, batches(4, 4), epochs=2)
+    tune(two, batches(4, 4), epochs=2, callbacks=[lambda _, model: model.eval() and None])
+    assert values(one) == values(two)
+
+
+@pytest.mark.parametrize("which", ["callback", "on_step", "max_steps"])
+def test_a_run_ends_early(which: str) -> None:
+    others = []
+    options = {
+        "callback": {"callbacks": [lambda record, _: record.epoch == 1, lambda *_: others.append(1)]},
+        "on_step": {"on_step": lambda record, _: record.step == 3},
+        "max_steps": {"max_steps": 4},
+    }[which]
+    steps = {"callback": [3, 3], "on_step": [3, 1], "max_steps": [3, 1]}[which]
+    result = tune(SMALL.build(), batches(2, 2, 2), epochs=4, **options)
+    assert [record.steps for record in result.history] == steps
+    assert result.steps == sum(steps)
+    assert result.ended == {"max_steps": "max_steps"}.get(which, "callback")
+    assert len(others) == (2 if which == "callback" else 0)
+
+
+def test_max_steps_reads_no_further() -> None:
+    def stream() -> Iterator[tuple[Tensor, Tensor]]:
+        yield from batches(4, 4)
+        raise AssertionError("read on")
+
+    assert tune(SMALL.build(), stream(), max_steps=2).steps == 2
+
+
+def test_progress_goes_to_standard_error_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    tune(SMALL.build(), batches(4, 4), progress=False)
+    assert capsys.readouterr() == ("", "")
+    tune(SMALL.build(), batches(4, 4), progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "fine-tuning" in err
+    assert "2/2" in err
+
+
+# The seed.
+
+
+def noisy_model() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Flatten(),
+            nn.Linear(384, 10),
+        )
+
+
+def shuffled(count: int = 12) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(TensorDataset(SMALL.example(count), SMALL.labels(count)), batch_size=4, shuffle=True)
+
+
+class Augmented(TensorDataset):
+    """Draws from NumPy's and Python's generators too, as augmentations do."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = super().__getitem__(index)
+        return (x + 0.1 * np.random.rand() + 0.1 * random.random()).clamp(0, 1), y
+
+
+def augmented(count: int = 12) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(Augmented(SMALL.example(count), SMALL.labels(count)), batch_size=4, shuffle=True)
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    results, models = [], []
+    for elsewhere, seed in ((1, 0), (2, 0), (1, 5)):
+        torch.manual_seed(elsewhere)
+        np.random.seed(elsewhere)
+        model = noisy_model()
+        results.append(tune(model, augmented(), epochs=2, train="all", seed=seed))
+        models.append(model)
+    assert values(models[0]) == values(models[1])
+    assert [replace(r, seconds=0) for r in results[0].history] == [replace(r, seconds=0) for r in results[1].history]
+    assert values(models[0]) != values(models[2])
+
+
+def test_the_attack_handed_in_is_as_before() -> None:
+    attack = PGD(steps=1, seed=3)
+    one, two = SMALL.build(), SMALL.build()
+    tune(one, batches(4), attack=attack)
+    tune(two, batches(4), attack=attack)
+    assert values(one) == values(two)
+    model = SMALL.build()
+    ((x, y),) = batches(4)
+    assert torch.equal(attack(model, x, y), PGD(steps=1, seed=3)(model, x, y))
+
+
+# No trace but what was asked for.
+
+
+def traces(world: World) -> list[str]:
+    """What differs, apart from the values of tensors."""
+    now = world._look()
+    return [key for key in now if now[key] != world.before.get(key) and not key.startswith("values of")]
+
+
+@pytest.mark.parametrize("train", ["bn", "bn-params", "bn-stats", "all", "as-is"])
+def test_modes_flags_gradients_and_random_state_are_as_before(train: str) -> None:
+    model = lived_in(nn.Sequential(SMALL.build(), nn.Dropout(0.2)))
+    with tracing():
+        world = World(model)
+        tune(model, shuffled(), train=train, epochs=2)
+        assert traces(world) == []
+
+
+def broken(data: Batches, error: BaseException) -> Iterator[tuple[Tensor, Tensor]]:
+    yield from data
+    raise error
+
+
+@pytest.mark.parametrize("error", [Stop(), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+@pytest.mark.parametrize("where", ["loader", "attack", "callback", "on_step", "loss", "forward", "optimizer"])
+@pytest.mark.parametrize("train", ["bn", "bn-params", "all"])
+def test_an_exception_leaves_the_model_as_after_the_last_whole_step(
+    where: str, error: BaseException, train: str
+) -> None:
+    data = batches(4, 4, 4)
+    expected = lived_in(SMALL.build())
+    # The third step breaks, or what comes after the second.
+    tune(expected, data[:2], train=train, schedule="constant")
+    model = lived_in(SMALL.build())
+    calls = {"training": 0}
+
+    def breaks_on_third_call(*arguments: object) -> Tensor:
+        calls["loss"] = calls.get("loss", 0) + 1
+        if calls["loss"] == 3:
+            raise error
+        return F.cross_entropy(*arguments, reduction="none")
+
+    class Breaking(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:
+            calls["step"] = calls.get("step", 0) + 1
+            if calls["step"] == 3:
+                raise error
+            super().step()
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        calls["attack"] = calls.get("attack", 0) + 1
+        if calls["attack"] == 3:
+            model.train()
+            model(x)
+            raise error
+        return x + 0.01
+
+    def at_the_end(module: nn.Module, inputs: object, output: object) -> None:
+        if module.training and torch.is_grad_enabled():
+            calls["training"] += 1
+            if calls["training"] == 3:
+                raise error
+
+    def stop(record: object, _: nn.Module) -> None:
+        if isinstance(record, EpochRecord) or record.step == 1:
+            raise error
+
+    options: dict[str, object] = {
+        "loader": {},
+        "attack": {"attack": attack},
+        "callback": {"callbacks": [stop]},
+        "on_step": {"on_step": stop},
+        "loss": {"loss": breaks_on_third_call},
+        "forward": {},
+        "optimizer": {
+            "optimizer": lambda parameters: Breaking(
+                parameters, lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
+            )
+        },
+    }[where]
+    if where == "attack":
+        expected = lived_in(SMALL.build())
+        tune(expected, data[:2], train=train, schedule="constant", attack=Recording())
+    if where == "forward":
+        model[10].register_forward_hook(at_the_end)
+    given: object = data
+    if where == "loader":
+        given = broken(data[:2], error)
+    elif where == "callback":
+        given = data[:2]
+    world = World(model)
+    with pytest.raises(type(error)):
+        tune(model, given, train=train, schedule="constant", **options)
+    assert traces(world) == []
+    assert values(model) == values(expected)
+
+
+# Batches that cannot be trained on.
+
+
+def test_a_loss_that_is_not_finite_is_skipped_with_one_warning() -> None:
+    data = batches(4, 4, 4, 4)
+
+    def sometimes_nan(value: float) -> Callable[[Tensor, Tensor], Tensor]:
+        calls = []
+
+        def loss(logits: Tensor, y: Tensor) -> Tensor:
+            calls.append(1)
+            factor = value if len(calls) in (3, 4) else 1.0
+            return F.cross_entropy(logits, y, reduction="none") * factor
+
+        return loss
+
+    expected = SMALL.build()
+    first = tune(expected, data[:2], schedule="constant", train="all")
+    for value in (torch.nan, torch.inf, -torch.inf):
+        model = SMALL.build()
+        steps = []
+        with pytest.warns(BNSurgeryWarning, match="step 2: the loss or a gradient is not finite; the step") as caught:
+            result = tune(
+                model,
+                data,
+                schedule="constant",
+                train="all",
+                loss=sometimes_nan(value),
+                on_step=lambda record, _: steps.append(record.step),  # noqa: B023 - called at once
+            )
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        assert values(model) == values(expected)
+        record = result.history[0]
+        assert (record.steps, record.skipped, record.examples, result.steps, result.skipped) == (2, 2, 8, 4, 2)
+        assert record.loss == first.history[0].loss
+        assert steps == [0, 1]
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too() -> None:
+    class Spike(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            return grad * torch.inf
+
+    model = SMALL.build()
+    before = values(model)
+    with pytest.warns(BNSurgeryWarning, match="step 0: the loss or a gradient is not finite"):
+        result = tune(
+            model, batches(4), attack=None, loss=lambda logits, y: F.cross_entropy(Spike.apply(logits), y)[None]
+        )
+    assert changed(before, model) == set()
+    assert result.skipped == 1
+    assert math.isnan(result.history[0].loss)
+    assert result.history[0].examples == 0
+
+
+def test_statistics_of_a_clean_pass_are_guarded_too() -> None:
+    model = SMALL.build()
+    before = values(model)
+    with pytest.warns(BNSurgeryWarning, match="not finite"):
+        tune(model, batches(4), train="bn-stats", loss=lambda logits, y: logits[:, 0] * torch.nan)
+    assert changed(before, model) == set()
+
+
+@pytest.mark.parametrize("train", ["bn", "bn-stats", "all"])
+@pytest.mark.parametrize(
+    "attack", [FAST, None, PGD(steps=1, bn="batch"), PGD(steps=1, bn="train")], ids=["eval", "None", "batch", "train"]
+)
+def test_a_last_batch_of_one_is_left_out_with_one_warning(train: str, attack: PGD | None) -> None:
+    expected, model = SMALL.build(), SMALL.build()
+    whole = tune(expected, batches(4, 4), train=train, attack=attack, schedule="constant")
+    data = batches(4, 4)
+    data.append((data[0][0][:1], data[0][1][:1]))
+    with pytest.warns(BNSurgeryWarning, match=r"step 2: .*one value per channel.*left out") as caught:
+        result = tune(model, data, train=train, attack=attack, schedule="constant")
+    assert len(caught) == 1
+    assert values(model) == values(expected)
+    assert (result.history[0].left_out, result.history[0].steps, result.history[0].examples) == (1, 2, 8)
+    assert result.history[0].loss == whole.history[0].loss
+
+
+def test_a_batch_of_one_trains_where_its_layers_see_many_values() -> None:
+    model = SHARED.build()
+    result = tune(model, batches(1, 1, case=SHARED))
+    assert (result.history[0].steps, result.history[0].left_out) == (2, 0)
+
+
+def test_a_batch_of_one_trains_where_statistics_are_fixed() -> None:
+    result = tune(SMALL.build(), batches(1, 1), train="bn-params")
+    assert (result.history[0].steps, result.history[0].left_out) == (2, 0)
+
+
+# Checkpoints.
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.01)
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+@pytest.mark.parametrize("optimizer", [None, sgd, adam], ids=["default", "SGD", "Adam"])
+@pytest.mark.parametrize("train", ["bn", "all", "bn-stats"])
+def test_a_run_killed_and_resumed_equals_one_in_one_go(
+    tmp_path: Path, killed: int, optimizer: object, train: str
+) -> None:
+    options = {"epochs": 3, "train": train, "optimizer": optimizer, "schedule": "cosine", "seed": 4}
+    whole = noisy_model()
+    expected = tune(whole, augmented(), **options)
+
+    def kill(record: EpochRecord, _: nn.Module) -> None:
+        if record.epoch == killed:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        tune(noisy_model(), augmented(), checkpoint=path, callbacks=[kill], **options)
+    epochs = []
+    torch.manual_seed(77)
+    model = noisy_model()
+    result = tune(
+        model, augmented(), checkpoint=path, callbacks=[lambda record, _: epochs.append(record.epoch)], **options
+    )
+    assert epochs == list(range(killed, 3))
+    assert values(model) == values(whole)
+    assert [replace(r, seconds=0) for r in result.history] == [replace(r, seconds=0) for r in expected.history]
+    assert replace(result, history=()) == replace(expected, history=())
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_a_run_broken_in_the_middle_of_an_epoch_resumes_at_its_start(tmp_path: Path) -> None:
+    whole = noisy_model()
+    tune(whole, shuffled(), epochs=2)
+
+    def kill(record: StepRecord, _: nn.Module) -> None:
+        if record.step == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        tune(noisy_model(), shuffled(), epochs=2, checkpoint=tmp_path / "c", on_step=kill)
+    model = noisy_model()
+    tune(model, shuffled(), epochs=2, checkpoint=tmp_path / "c")
+    assert values(model) == values(whole)
+
+
+class Untouchable:
+    def __iter__(self) -> Iterator[None]:
+        raise AssertionError("read")
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("ended", ["epochs", "max_steps", "callback"])
+def test_a_finished_checkpoint_returns_at_once(tmp_path: Path, ended: str) -> None:
+    options: dict[str, object] = {"epochs": 2, "checkpoint": str(tmp_path / "c")}
+    if ended == "max_steps":
+        options["max_steps"] = 3
+    callbacks = [lambda *_: True] if ended == "callback" else []
+    first = SMALL.build()
+    expected = tune(first, batches(4, 4), callbacks=callbacks, **options)
+    assert expected.ended == ended
+    written = (tmp_path / "c").read_bytes()
+    model = SMALL.build()
+    result = tune(model, Untouchable(), **options)
+    assert result == expected
+    assert values(model) == values(first)
+    assert (tmp_path / "c").read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"epochs": 3}, "epochs was 2, is 3"),
+        ({"clean_fraction": 0.5}, "clean_fraction was 0.0, is 0.5"),
+        ({"schedule": "cosine"}, "schedule was 'step', is 'cosine'"),
+        ({"schedule": lambda t: 1.0}, "schedule was 'step', is 'function'"),
+        ({"attack": None}, "attack was \"PGD(eps=0.0313725, steps=2, step_size=0.0156863, norm='linf')\", is"),
+        ({"max_steps": 3}, "max_steps was None, is 3"),
+        ({"optimizer": adam}, "optimizer was 'SGD', is 'Adam'"),
+        ({"train": "bn-params"}, "train was 'bn', is 'bn-params'"),
+        ({"also": "0"}, "trainable was [['1.weight', 8]"),
+        ({"lr": 0.5}, "0.05"),
+        ({"momentum": 0.5}, "0.9"),
+        ({"weight_decay": 0.5}, "0.0005"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(
+    tmp_path: Path, options: dict[str, object], difference: str
+) -> None:
+    path = tmp_path / "c"
+    tune(SMALL.build(), batches(4, 4), checkpoint=path, callbacks=[lambda record, _: True], epochs=2)
+    model = lived_in(SMALL.build())
+    world = World(model)
+    with pytest.raises(CheckpointError, match="belongs to another run") as caught:
+        tune(model, batches(4, 4), checkpoint=path, **{"epochs": 2, **options})
+    assert difference in str(caught.value)
+    assert "use another path, or remove the file" in str(caught.value)
+    assert world.unchanged()
+
+
+def test_all_differences_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    tune(SMALL.build(), batches(4), checkpoint=path)
+    with pytest.raises(CheckpointError, match="belongs to another run") as caught:
+        tune(SMALL.build(), batches(4), checkpoint=path, epochs=2, seed=9, train="all")
+    for difference in ("epochs was 1, is 2", "seed was 0, is 9", "train was 'bn', is 'all'"):
+        assert difference in str(caught.value)
+    assert "clean_fraction" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    tune(SMALL.build(), batches(4), checkpoint=path)
+    model = SHARED.build()
+    world = World(model)
+    with pytest.raises(CheckpointError, match="trainable was"):
+        tune(model, batches(4), checkpoint=path)
+    assert world.unchanged()
+
+
+def test_a_checkpoint_of_the_same_parameters_but_other_statistics_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    tune(SMALL.build(), batches(4), checkpoint=path)
+    model = SMALL.build()
+    model[1] = nn.BatchNorm2d(8, track_running_stats=False)
+    world = World(model)
+    with pytest.raises(CheckpointError, match=r"tensors do not fit the model: 1\.num_batches_tracked, 1\.running_mean"):
+        tune(model, batches(4), checkpoint=path)
+    assert world.unchanged()
+
+
+def test_a_checkpoint_of_an_optimizer_with_other_groups_is_refused_whole(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    tune(SMALL.build(), batches(4), checkpoint=path, optimizer=sgd)
+    model = SMALL.build()
+    world = World(model)
+
+    def two_groups(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.05)
+
+    with pytest.raises(CheckpointError, match=re.escape(repr(str(path)))):
+        tune(model, batches(4), checkpoint=path, optimizer=two_groups)
+    assert world.unchanged()
+
+
+class Bombs:
+    """What runs as soon as it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def damage(kind: str, path: Path) -> None:
+    whole = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "nearly whole":
+        path.write_bytes(whole[:-10])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "garbage":
+        path.write_bytes(bytes(range(256)) * 8)
+    elif kind == "text":
+        path.write_text("epochs: 3\n")
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Bombs(path.with_name("executed"))))
+    elif kind == "pickle in zip":
+        torch.save({"format": checkpoints.FORMAT, "configuration": Bombs(path.with_name("executed"))}, path)
+    elif kind == "directory":
+        path.unlink()
+        path.mkdir()
+    elif kind == "state_dict":
+        torch.save(SMALL.build().state_dict(), path)
+    elif kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "other format":
+        torch.save({"format": "bnsurgery-checkpoint-0"}, path)
+    elif kind == "hollow":
+        torch.save({"format": checkpoints.FORMAT}, path)
+    elif kind == "without tensors":
+        torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k != "tensors"}, path)
+    elif kind == "wrong history":
+        torch.save({**torch.load(path, weights_only=True), "history": [{"epoch": 0}]}, path)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "truncated",
+        "nearly whole",
+        "empty",
+        "garbage",
+        "text",
+        "pickle",
+        "pickle in zip",
+        "directory",
+        "state_dict",
+        "list",
+        "other format",
+        "hollow",
+        "without tensors",
+        "wrong history",
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_executed(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "c"
+    tune(SMALL.build(), batches(4, 4), checkpoint=path, epochs=2)
+    damage(kind, path)
+    model = lived_in(SMALL.build())
+    world = World(model)
+    with pytest.raises(CheckpointError, match=re.escape(repr(str(path)))):
+        tune(model, batches(4, 4), checkpoint=path, epochs=2)
+    assert world.unchanged()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_bomb_does_go_off_where_pickles_are_executed(tmp_path: Path) -> None:
+    # Else the test above would prove nothing.
+    pickle.loads(pickle.dumps(Bombs(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c"
+    save, calls, written = torch.save, [], []
+
+    def full_disk(state: object, target: object, *rest: object) -> None:
+        calls.append(target)
+        save(state, target, *rest)
+        if len(calls) == 2:
+            Path(target).write_bytes(b"half")
+            raise OSError("No space left on device")
+        written.append(Path(target).read_bytes())
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        tune(SMALL.build(), batches(4), checkpoint=path, epochs=3)
+    assert path not in map(Path, map(str, calls))
+    assert path.read_bytes() == written[0]
+    assert [file.name for file in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_checkpoint_holds_what_changes_and_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    model = SMALL.build()
+    tune(model, batches(4), checkpoint=path)
+    tensors = torch.load(path, weights_only=True)["tensors"]
+    assert tensors.keys() == bn_names(model, *PARAMETERS, *STATISTICS)
+    assert all(torch.equal(tensors[name], model.state_dict()[name]) for name in tensors)
+
+
+def test_a_checkpoint_is_written_after_each_epoch_before_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    seen = []
+
+    class Watching:
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            seen.append(len(torch.load(path, weights_only=True)["history"]) if path.exists() else 0)
+            return iter(batches(4))
+
+    tune(SMALL.build(), Watching(), epochs=3, checkpoint=path)
+    assert seen == [0, 1, 2]
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31 - 1), st.integers(0, 5))
+def test_random_state_comes_back(seed: int, draws: int) -> None:
+    world = World()
+    kept = checkpoints.random_state(torch.device("cpu"), torch.Generator())
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    for _ in range(draws):
+        torch.randn(3), np.random.randn(), random.gauss(0, 1), torch.rand(1, generator=generator)
+
+    def draw() -> list[float]:
+        own = float(torch.rand((), generator=generator))
+        return [float(torch.randn(())), np.random.randn(), random.gauss(0, 1), own]
+
+    state = checkpoints.random_state(torch.device("cpu"), generator)
+    expected = draw()
+    checkpoints.set_random_state(state, torch.device("cpu"), generator)
+    assert draw() == expected
+    checkpoints.set_random_state(kept, torch.device("cpu"), torch.Generator())
+    assert world.unchanged()
+
+
+# Wrappers.
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, lambda model: torch.compile(model, backend="eager")],
+    ids=["DataParallel", "compile"],
+)
+@pytest.mark.parametrize("train", ["bn", "bn-params", "all"])
+def test_wrapped_models_train_as_what_is_inside(wrap: Callable[[nn.Module], nn.Module], train: str) -> None:
+    torch._dynamo.reset()
+    plain, inside = SMALL.build(), SMALL.build()
+    expected = tune(plain, batches(4, 4), train=train, epochs=2)
+    wrapped = wrap(inside)
+    world = World(inside)
+    result = tune(wrapped, batches(4, 4), train=train, epochs=2)
+    assert traces(world) == []
+    assert result.trainable == expected.trainable
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(inside.state_dict()[name], tensor, rtol=1e-5, atol=1e-6), name
+    assert changed(values(SMALL.build()), inside) == changed(values(SMALL.build()), plain)
+
+
+# Refusals.
+
+X, Y = SMALL.example(), SMALL.labels()
+BATCH = "data must yield pairs (x, y) of tensors, got "
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ((X, Y), {}, "data must be an iterable of (x, y) batches, got one pair of tensors: use a DataLoader"),
+        ([X, Y], {}, "data must be an iterable of (x, y) batches, got one pair of tensors: use a DataLoader"),
+        (3, {}, "data must be an iterable of (x, y) batches, got int"),
+        (None, {}, "data must be an iterable of (x, y) batches, got NoneType"),
+        ([], {}, "data yielded no batch in epoch 0"),
+        (iter(()), {}, "data yielded no batch in epoch 0: it must be an iterable that can be gone over each epoch"),
+        ([(X, Y + 5)], {}, "y must lie in 0 ... 9, got labels from"),
+        ([(X, Y + 5)], {"attack": None}, "y must lie in 0 ... 9, got labels from"),
+        ([(X, Y - 5)], {"train": "bn-stats", "attack": None}, "y must lie in 0 ... 9, got labels from -"),
+        ([(X, Y[:3])], {}, "y must have shape (6,) to go with x (6, 3, 8, 8), got (3,)"),
+        ([(X, Y.float())], {}, "y must hold integer labels, got torch.float32"),
+        ([((255 * X).to(torch.uint8), Y)], {}, "x must be floating point, got torch.uint8"),
+        ([(255 * X, Y)], {}, "x must lie in bounds=(0, 1), got values from"),
+        ([(X * torch.nan, Y)], {}, "x must lie in bounds=(0, 1), got values from nan to nan"),
+        ([X], {}, BATCH + "a tensor (6, 3, 8, 8) of torch.float32"),
+        ([(X, Y, Y)], {}, BATCH + "a tuple of 3"),
+        ([{"x": X}], {}, BATCH + "a dict"),
+        ([(X, Y)], {"epochs": 0}, "epochs must be at least 1, got 0"),
+        ([(X, Y)], {"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ([(X, Y)], {"clean_fraction": 1.5}, "clean_fraction must lie in [0, 1], got 1.5"),
+        ([(X, Y)], {"clean_fraction": -0.1}, "clean_fraction must lie in [0, 1], got -0.1"),
+        ([(X, Y)], {"clean_fraction": math.nan}, "clean_fraction must lie in [0, 1], got nan"),
+        (
+            [(X, Y)],
+            {"train": "BN"},
+            "train must be one of 'bn', 'bn-params', 'bn-stats', 'all', 'as-is', got 'BN'",
+        ),
+        (
+            [(X, Y)],
+            {"schedule": "exponential"},
+            "schedule must be one of 'constant', 'linear', 'cosine', 'step' or a function, got 'exponential'",
+        ),
+        ([(X, Y)], {"also": "11"}, "also='11' matches nothing; the nearest names are '1'"),
+        ([(X, Y)], {"train": "as-is", "also": "0"}, "also= goes with the other kinds of train=: with 'as-is', set"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_arguments_are_refused_by_name(data: object, options: dict[str, object], message: str) -> None:
+    model = lived_in(SMALL.build())
+    world = World(model)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tune(model, data, **options)
+    assert world.unchanged()
+
+
+@pytest.mark.parametrize("attack", ["pgd-20", 3, torchattacks.PGD], ids=str)
+def test_what_is_no_attack_is_refused(attack: object) -> None:
+    with pytest.raises(TypeError, match=re.escape("an attack must be a PGD, a torchattacks or AutoAttack object")):
+        tune(SMALL.build(), Untouchable(), attack=attack)
+
+
+def test_data_that_can_be_gone_over_only_once_is_refused_in_the_second_epoch() -> None:
+    model = SMALL.build()
+    with pytest.raises(
+        ValueError,
+        match="data yielded no batch in epoch 1: it must be an iterable that can be gone over each epoch",
+    ):
+        tune(model, iter(batches(4, 4)), epochs=2, schedule="constant")
+    expected = SMALL.build()
+    tune(expected, batches(4, 4), schedule="constant")
+    assert values(model) == values(expected)
+
+
+@pytest.mark.parametrize("train", ["bn", "bn-params", "bn-stats"])
+def test_a_model_without_bn_is_refused(train: str) -> None:
+    with pytest.raises(NoBatchNormError, match="Sequential has no batch-normalization layer"):
+        tune(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), batches(4), train=train)
+
+
+def test_where_nothing_requires_a_gradient_as_is_is_refused() -> None:
+    with pytest.raises(ValueError, match="train='as-is', and no parameter requires a gradient"):
+        tune(SMALL.build().requires_grad_(False), batches(4), train="as-is")
+
+
+@pytest.mark.filterwarnings("ignore:no BN layer has a gamma or beta")
+def test_where_bn_has_nothing_to_train_that_is_said() -> None:
+    with pytest.raises(ValueError, match="train='bn', and no BN layer has a gamma or beta: nothing trains; name some"):
+        tune(AFFINE_FREE.build(), batches(4), train="bn")
+
+
+def test_a_lazy_model_is_refused() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    with pytest.raises(BNSurgeryError, match="lazy and not yet initialised: run a forward pass first"):
+        tune(model, batches(4))
