@@ -401,7 +401,11 @@ def test_an_autoattack_object_on_a_function_is_used_as_it_is() -> None:
 # Refusals.
 
 
-@pytest.mark.parametrize("attack", [3, None, "pgd-20", torchattacks.PGD, PGD, object()], ids=str)
+@pytest.mark.parametrize(
+    "attack",
+    [3, None, "pgd-20", torchattacks.PGD, PGD, object()],
+    ids=lambda value: type(value).__name__ + getattr(value, "__name__", ""),
+)
 def test_what_is_no_attack_is_refused(attack: object) -> None:
     message = "an attack must be a PGD, a torchattacks or AutoAttack object, or a callable attack(model, x, y), got "
     with pytest.raises(TypeError, match=re.escape(message + repr(attack))):

@@ -675,7 +675,7 @@ def test_wrong_arguments_are_refused_by_name(data: object, options: dict[str, ob
     assert world.unchanged()
 
 
-@pytest.mark.parametrize("attack", [3, object(), torchattacks.PGD, [PGD()]], ids=str)
+@pytest.mark.parametrize("attack", [3, object(), torchattacks.PGD, [PGD()]], ids=lambda value: type(value).__name__)
 def test_what_is_no_attack_is_refused_before_any_data_is_read(attack: object) -> None:
     def untouchable() -> Iterator[None]:
         raise AssertionError("read")

@@ -910,3 +910,18 @@ def test_the_moments_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
                 for key, value in model.state_dict().items():
                     assert torch.allclose(state[key], value, rtol=1e-10, atol=1e-12), (name, estimator, key)
             assert changed(results[0][name, estimator][0], results[1][name, estimator][0]) == set()
+
+
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_a_pair_of_inputs_and_labels_is_one_batch(pair: type) -> None:
+    expected, model = SMALL.build(), SMALL.build()
+    recalibrate_bn(expected, [SMALL.example()])
+    recalibrate_bn(model, pair((SMALL.example(), SMALL.labels())))
+    assert all(torch.equal(a, b) for a, b in zip(expected.buffers(), model.buffers(), strict=True))
+
+
+def test_a_bare_tensor_is_refused_with_the_remedy() -> None:
+    with pytest.raises(
+        ValueError, match=r"data must be an iterable of batches, got a tensor \(6, 3, 8, 8\).*in a list"
+    ):
+        recalibrate_bn(SMALL.build(), SMALL.example())

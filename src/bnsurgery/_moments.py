@@ -30,8 +30,11 @@ class Moments:
         x = x.detach()
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         count = x.numel() // x.shape[1]
-        variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         wide = torch.float32 if x.device.type == "mps" else torch.float64
+        if not count:
+            zeros = torch.zeros(x.shape[1], dtype=wide, device=x.device)
+            return cls(0, zeros, zeros)
+        variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         return cls(count, mean.to(wide), variance.to(wide) * count)
 
     def merge(self, other: Moments) -> Moments:

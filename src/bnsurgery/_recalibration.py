@@ -57,11 +57,19 @@ class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass
 
 
 class Found(NamedTuple):
-    """What is to be written to one layer: mean and unbiased variance (C,), and the elements per channel behind them."""
+    """What is to be written to one layer.
+
+    Attributes:
+        mean: (C,).
+        variance: unbiased (C,).
+        elements: values per channel behind them.
+        tracked: the counter, where torch has kept it itself.
+    """
 
     mean: Tensor
     variance: Tensor
     elements: int
+    tracked: Tensor | None = None
 
 
 class Run:
@@ -147,7 +155,12 @@ class Run:
         # The variance that torch keeps is unbiased already.
         held = {name: statistics(self.layers[name]) for name in elements if has_statistics(self.layers[name])}
         return {
-            name: Found(buffers["running_mean"].clone(), buffers["running_var"].clone(), elements[name])
+            name: Found(
+                buffers["running_mean"].clone(),
+                buffers["running_var"].clone(),
+                elements[name],
+                _tracked(buffers),
+            )
             for name, buffers in held.items()
         }
 
@@ -191,21 +204,24 @@ class Run:
 
     def write(self, found: dict[str, Found], estimator: Estimator) -> Recalibration:
         """Writes the statistics, all or, where one is not finite, none."""
-        written = {name: value for name, value in found.items() if has_statistics(self.layers[name])}
-        for name, (mean, variance, elements) in written.items():
+        written = {
+            name: value._replace(mean=self._fitted(name, value.mean), variance=self._fitted(name, value.variance))
+            for name, value in found.items()
+            if has_statistics(self.layers[name])
+        }
+        for name, (mean, variance, elements, _) in written.items():
             if not bool((torch.isfinite(mean) & torch.isfinite(variance)).all()):
                 raise BNSurgeryError(
                     f"the statistics of {label(name, self.layers[name])} over {elements} values per channel are "
                     "not finite: look for NaN or infinite inputs, or give more data; nothing was written"
                 )
         with torch.no_grad():
-            for name, (mean, variance, _) in written.items():
+            for name, (mean, variance, _, tracked) in written.items():
                 buffers = statistics(self.layers[name])
                 buffers["running_mean"].copy_(mean)
                 buffers["running_var"].copy_(variance)
                 if "num_batches_tracked" in buffers:
-                    before = buffers["num_batches_tracked"] if estimator == "ema" else 0
-                    buffers["num_batches_tracked"].copy_(torch.as_tensor(before + self.batches))
+                    buffers["num_batches_tracked"].copy_(torch.as_tensor(self.batches if tracked is None else tracked))
         return Recalibration(
             layers=tuple(name for name in self.layers if name in written),
             kept=tuple(name for name in self.layers if name not in written),
@@ -214,6 +230,15 @@ class Run:
             elements={name: written[name].elements for name in self.layers if name in written},
             estimator=estimator,
         )
+
+    def _fitted(self, name: str, value: Tensor) -> Tensor:
+        buffer = statistics(self.layers[name])["running_mean"]
+        if value.shape != buffer.shape:
+            raise BNSurgeryError(
+                f"{label(name, self.layers[name])} was given {len(value)} channels, expected {len(buffer)}; "
+                "nothing was written"
+            )
+        return value.to(buffer.dtype)
 
     def _counts(self, batch: Any, seen: Seen) -> bool:
         """Runs a batch; False, with one warning a run, where a layer saw one value per channel."""
@@ -244,6 +269,11 @@ def default_forward(model: nn.Module, batch: Any) -> object:
     if not isinstance(inputs, Tensor):
         raise ValueError(f"data must yield tensors or tuples that begin with one, got {describe(batch)}: say forward=")
     return model(inputs)
+
+
+def _tracked(buffers: dict[str, Tensor]) -> Tensor | None:
+    tracked = buffers.get("num_batches_tracked")
+    return None if tracked is None else tracked.clone()
 
 
 def _more_than_one(x: Tensor) -> None:

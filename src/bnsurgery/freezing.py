@@ -137,9 +137,9 @@ class Freeze:
         if self._removed:
             return
         self._removed = True
-        later = [freeze for ref in _ACTIVE if (freeze := ref()) is not None]
-        if self in later:
-            later = later[later.index(self) + 1 :]
+        active = _active()
+        index = active.index(self) if self in active else -1
+        earlier, later = active[: max(index, 0)], active[index + 1 :]
         _ACTIVE[:] = [ref for ref in _ACTIVE if ref() not in (None, self)]
         for key, (owner, before) in self._saved.items():
             above = next((freeze for freeze in later if key in freeze._saved), None)
@@ -147,6 +147,10 @@ class Freeze:
                 _write(owner, key[1], before)
             else:
                 above._saved[key] = (owner, before)
+        for freeze in earlier:  # gradients made meanwhile are not theirs to keep: what they froze has none
+            for (_, name), (owner, _) in freeze._saved.items():
+                if name == "grad" and not owner.requires_grad:
+                    owner.grad = None
         self._saved.clear()
 
     def __enter__(self) -> Freeze:
@@ -173,6 +177,8 @@ class Freeze:
         elif "train" in vars(layer):
             self._set(layer, "train", None)
             self._set(layer, "training", unwrap(self._model).training)
+        elif any((id(layer), "train") in freeze._saved for freeze in _active()):
+            self._set(layer, "train", None)  # a freeze below that is removed first hands its stand-in on to this one
         else:
             return
         self._saved[id(layer), "training"] = (layer, mode)
@@ -180,6 +186,10 @@ class Freeze:
 
 _ACTIVE: list[weakref.ref[Freeze]] = []
 """The freezes in force, oldest first."""
+
+
+def _active() -> list[Freeze]:
+    return [freeze for ref in _ACTIVE if (freeze := ref()) is not None]
 
 
 class _StayInEvaluation:

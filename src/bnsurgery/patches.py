@@ -148,7 +148,7 @@ def load_bn_patch(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         with safe_open(target, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, ValueError) as error:
         raise PatchError(f"{str(target)!r} is not a safetensors file, and nothing else is read: {error}") from error
     try:
         load_bn_state(model, state)
@@ -176,9 +176,11 @@ def _check(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     for name, (target, value) in shared.items():
         if not isinstance(value, Tensor) or value.shape != target.shape:
             shapes.append(f"{name} is {describe(value)}, expected {tuple(target.shape)}")
-        elif not bool(torch.isfinite(value).all()):
+        elif value.is_complex() or value.is_floating_point() != target.is_floating_point():
+            values.append(f"{name} is of {value.dtype}, expected {target.dtype}")
+        elif not bool(torch.isfinite(value.to(target.dtype)).all()):
             values.append(f"{name} is not finite")
-        elif name.endswith("running_var") and bool((value < 0).any()):
+        elif name.endswith("running_var") and bool((value.to(target.dtype) < 0).any()):
             values.append(f"{name} is negative")
     if shapes:
         problems.append(f"mis-shaped: {_some(shapes)}")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnsurgery._data import unpack
+from bnsurgery._data import describe, is_pair, unpack
 from bnsurgery._modes import preserved
 from bnsurgery._recalibration import Estimator, Forward, Recalibration, Run, default_forward, to_device
 from bnsurgery.adapters import check_attack
@@ -90,6 +90,7 @@ def recalibrate_bn(
     Args:
         model: any module with BN layers.
         data: an iterable of batches: inputs, or tuples whose first entry is the inputs; moved to the model's device.
+            One pair of inputs and integer labels is one batch.
         attack: the statistics are those of this attack's adversarial examples, made in evaluation mode on the model
             as it was; then ``data`` must yield ``(x, y)``. See :func:`~bnsurgery.evaluate` for what serves.
         batches: stop after so many batches.
@@ -125,7 +126,11 @@ def recalibrate_bn(
         raise ValueError(f"batches must be at least 1, got {batches}")
     if attack is not None:
         check_attack(attack)
-    if estimator == "exact" and iter(data) is data:
+    if isinstance(data, torch.Tensor):
+        raise ValueError(f"data must be an iterable of batches, got {describe(data)}: put it in a list")
+    if is_pair(data) and not data[1].is_floating_point():
+        data = [data]  # inputs and labels, not two batches of inputs
+    if estimator == "exact" and isinstance(data, Iterator):
         raise ValueError("estimator='exact' goes over the data several times: data must not be a one-shot iterator")
     root = unwrap(model)
     layers = bn_layers(root, strict=strict)
