@@ -39,8 +39,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of the full CIFAR-10, downloaded there if missing")
     parser.add_argument("--network", type=Path, help="a network of train_resnet20.py (default: the shipped one)")
     parser.add_argument("--width", type=positive, default=16, help="base width of the network (default: 16)")
-    parser.add_argument("--epochs", type=positive, help="default: 10 on the sample, 2 on the full set")
+    parser.add_argument("--epochs", type=positive, help="default: 8 on the sample, 2 on the full set")
     parser.add_argument("--examples", type=positive, default=128, help="test images to measure on (default: 128)")
+    parser.add_argument(
+        "--validate", action="store_true", help="measure on the last training images, left out of training: to choose"
+    )
     parser.add_argument("--lr", type=rate, default=0.2, help="learning rate (default: 0.2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ... (cpu)")
@@ -123,7 +126,10 @@ def main(argv: list[str] | None = None) -> int:
     if count > len(test_y):
         fail(f"--examples {count}: there are only {len(test_y)} test images; --data DIR has 10,000")
     test = floats(test_x[:count]), test_y[:count]
-    epochs = args.epochs or (2 if args.quick or args.data else 10)
+    if args.validate:
+        test = floats(train_x[-count:]), train_y[-count:]
+        train_x, train_y = train_x[:-count], train_y[:-count]
+    epochs = args.epochs or (2 if args.quick or args.data else 8)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,22 +147,21 @@ def main(argv: list[str] | None = None) -> int:
 
     with freeze_except_bn(model) as frozen:
         print(f"ResNet-20, width {args.width}: {frozen.summary()}")
-    print(f"errors on the first {count} test images of CIFAR-10, L-infinity, eps 8/255:")
+    measured = f"the last {count} training images" if args.validate else f"the first {count} test images"
+    print(f"errors on {measured} of CIFAR-10, L-infinity, eps 8/255:")
     before = measure("pgd-20"), measure("autoattack")
     show("before", *before)
 
     folded_before = fold_bn(model)
     curve = [before[0]]
     batches = Batches(train_x, train_y, batch_size=64, augment=True, drop_last=True, device=args.device)
+    settings = {"epochs": epochs, "train": "bn", "lr": args.lr, "weight_decay": 0, "schedule": "cosine"}
+    attack = PGD(EPS, steps=4, step_size=3 / 255)
     run = adv_finetune(
         model,
         batches,
-        epochs=epochs,
-        train="bn",
-        attack=PGD(EPS, steps=4, step_size=3 / 255),
-        lr=args.lr,
-        weight_decay=0,
-        schedule="cosine",
+        **settings,
+        attack=attack,
         callbacks=[lambda _record, _model: curve.append(measure("pgd-20"))],
         max_steps=8 if args.quick else None,
         seed=args.seed,
@@ -179,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": " ".join(["python", "examples/quickstart.py", *(sys.argv[1:] if argv is None else argv)]),
         "seed": args.seed,
         "training_images": len(train_y),
+        "settings": settings | {"attack": repr(attack), "batch_size": batches.batch_size, "measured_on": measured},
         "before": {"pgd": before[0].record(), "autoattack": before[1].record()},
         "after": {"pgd": after[0].record(), "autoattack": after[1].record()},
         "curve": errors,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -64,3 +65,23 @@ def test_the_index_of_the_api_lists_every_page() -> None:
 def test_the_changelog_has_a_section_for_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(rf"^## \[{re.escape(bnsurgery.__version__)}\]", changelog, flags=re.MULTILINE)
+
+
+def test_the_readmes_figures_are_those_of_the_committed_record() -> None:
+    record = json.loads((ROOT / "examples/results/quickstart/record.json").read_text(encoding="utf-8"))
+    before, after = record["before"]["autoattack"], record["after"]["autoattack"]
+    text = (
+        f"the first {before['examples']} test images) its robust error falls from {before['robust_error']:.1f}% to "
+        f"{after['robust_error']:.1f}%, while its clean error rises from {before['clean_error']:.1f}% to "
+        f"{after['clean_error']:.1f}%. The two networks differ by a file of {record['patch_bytes']:,} bytes."
+    )
+    assert text in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_the_committed_output_and_record_are_of_the_same_run() -> None:
+    folder = ROOT / "examples/results/quickstart"
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    output = (folder / "output.txt").read_text(encoding="utf-8")
+    assert f"AutoAttack {record['after']['autoattack']['robust_error']:5.1f}%" in output
+    assert f"{record['seconds']:.0f} s on {record['hardware']}" in output
+    assert (folder / "patch.safetensors").stat().st_size == record["patch_bytes"]

@@ -49,6 +49,7 @@ def plot_normalized_weights(folded: Mapping[str, Mapping[str, Affine]], *, ax: A
         (line,) = ax.plot(positions, [weight.mean().item() for weight in weights], marker="o", ms=3, label=name)
         ax.fill_between(positions, low, high, color=line.get_color(), alpha=0.2, lw=0)
     ax.set(xlabel="BN layer", ylabel="normalized weight (mean, 10th to 90th percentile)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
     return ax
 
@@ -80,6 +81,7 @@ def plot_errors(epochs: Sequence[float], errors: Mapping[str, Sequence[float]], 
     for name, values in errors.items():
         ax.plot(epochs, values, marker="o", ms=3, label=name)
     ax.set(xlabel="epoch", ylabel="error (%)", ylim=(0, 102))
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
     return ax
 
