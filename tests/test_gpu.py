@@ -1,0 +1,83 @@
+"""The same results on a CUDA device as on the CPU, and nothing left behind there."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from bnsurgery import PGD, adv_finetune, bn_state, evaluate, fold_bn, freeze_except_bn, fuse_bn, recalibrate_bn
+from networks import LIGHT, RESNET20, SMALL, Case
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _exact_convolutions() -> object:
+    """TF32 has ten bits: too few to compare with the CPU."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("case", LIGHT, ids=repr)
+def test_fold_and_fuse_equal_evaluation_mode(case: Case) -> None:
+    model, x = case.build().cuda().eval(), case.example().cuda()
+    fused = fuse_bn(model, x)
+    assert {affine.weight.device.type for affine in fold_bn(model).values()} == {"cuda"}
+    with torch.no_grad():
+        assert torch.allclose(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["pooled", "exact", "ema"])
+def test_recalibration_equals_the_cpus(estimator: str) -> None:
+    model = RESNET20.build(torch.float64)
+    other = copy.deepcopy(model).cuda()
+    data = [RESNET20.example(dtype=torch.float64)] * 2
+    recalibrate_bn(model, data, estimator=estimator)
+    recalibrate_bn(other, data, estimator=estimator)
+    for name, value in bn_state(other).items():
+        assert torch.allclose(value.cpu().double(), bn_state(model)[name].double(), rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pgd_equals_the_cpus_from_the_same_start(norm: str) -> None:
+    model, x, y = SMALL.build(torch.float64), SMALL.example(dtype=torch.float64), SMALL.labels()
+    attack = PGD(0.1, 5, 0.03, norm)
+    made = attack(copy.deepcopy(model).cuda(), x.cuda(), y.cuda())
+    assert made.is_cuda
+    assert torch.allclose(made.cpu(), PGD(0.1, 5, 0.03, norm)(model, x, y), atol=1e-9)
+
+
+def test_no_call_moves_the_devices_random_state() -> None:
+    model, x, y = SMALL.build().cuda(), SMALL.example().cuda(), SMALL.labels().cuda()
+    before = torch.cuda.get_rng_state()
+    PGD()(model, x, y)
+    evaluate(model, (x, y), attacks=["pgd-2", lambda model, x, y: x + 1e-3 * torch.rand_like(x)], progress=False)
+    adv_finetune(model, [(x, y)], epochs=1, progress=False)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_fine_tuning_moves_batches_and_changes_bn_alone() -> None:
+    model = SMALL.build().cuda()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with freeze_except_bn(model) as frozen:
+        trainable = set(frozen.trainable)
+    run = adv_finetune(model, [(SMALL.example(), SMALL.labels())] * 2, epochs=2, progress=False)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert run.steps == 4
+    assert trainable <= changed
+    assert changed <= bn_state(model).keys()
+
+
+def test_autoattack_on_the_device_counts_as_by_hand() -> None:
+    from pyautoattack import AutoAttack
+
+    model, x, y = SMALL.build().cuda().eval(), SMALL.example(32), SMALL.labels(32)
+    result = evaluate(model, (x, y), eps=0.001, progress=False)
+    by_hand = AutoAttack(model, eps=0.001, norm="Linf", seed=0, device="cuda")
+    made, _ = by_hand.run_standard_evaluation(x.cuda(), y.cuda(), batch_size=250)
+    with torch.no_grad():
+        assert int(result.robust.sum()) == int((model(made).argmax(1).cpu() == y).sum())
