@@ -105,10 +105,13 @@ def images(folder: Path | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
     """Training and test images with their labels."""
     if folder is None:
         return sample(train=True), sample(train=False)
+    existed = folder.exists()
     try:
         return full(folder, train=True), full(folder, train=False)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
         fail(f"no CIFAR-10 in {folder}, and it could not be downloaded there: {reason}")
 
 
@@ -119,7 +122,7 @@ def fail(message: str) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    began = time.perf_counter()
+    began, terminal = time.perf_counter(), sys.stderr.isatty()
     model = network(args.network, args.width).to(args.device, memory_format=torch.channels_last)
     (train_x, train_y), (test_x, test_y) = images(args.data)
     count = 16 if args.quick else args.examples
@@ -136,11 +139,11 @@ def main(argv: list[str] | None = None) -> int:
         fail(f"--out {args.out} cannot be a folder: {error.strerror}")
 
     def measure(*attacks: str) -> bnsurgery.Evaluation:
-        return evaluate(model, test, attacks=attacks, eps=EPS, seed=args.seed)
+        return evaluate(model, test, attacks=attacks, eps=EPS, seed=args.seed, progress=terminal)
 
     def show(title: str, pgd: bnsurgery.Evaluation, autoattack: bnsurgery.Evaluation) -> None:
         print(
-            f"{title:22} clean {pgd.clean_error:5.1f}%   PGD-20 {pgd.robust_error:5.1f}%   "
+            f"{title:24} clean {pgd.clean_error:5.1f}%   PGD-20 {pgd.robust_error:5.1f}%   "
             f"AutoAttack {autoattack.robust_error:5.1f}%",
             flush=True,
         )
@@ -165,13 +168,14 @@ def main(argv: list[str] | None = None) -> int:
         callbacks=[lambda _record, _model: curve.append(measure("pgd-20"))],
         max_steps=8 if args.quick else None,
         seed=args.seed,
+        progress=terminal,
     )
     after = curve[-1], measure("autoattack")
     show(f"BN fine-tuned, {epochs} epochs", *after)
     gain = before[1].robust_error - after[1].robust_error
     patch = args.out / "patch.safetensors"
     save_bn_patch(model, patch)
-    print(f"gain under AutoAttack: {gain:.1f} points of accuracy, from a patch of {patch.stat().st_size:,} bytes")
+    print(f"accuracy under AutoAttack: {gain:+.1f} points, from a patch of {patch.stat().st_size:,} bytes")
 
     axes = plot_normalized_weights({"before": folded_before, "BN fine-tuned": fold_bn(model)})
     axes.figure.savefig(args.out / "normalized_weights.png", dpi=150)

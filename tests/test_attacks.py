@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import random
 import re
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnsurgery
-from bnsurgery import PGD
+from bnsurgery import PGD, BNSurgeryError
 from bnsurgery.attacks import attacking, check_norm, distance
 from networks import SMALL
 
@@ -668,3 +669,55 @@ def test_distance_is_the_norm_of_each_example() -> None:
 def test_pgd_is_public() -> None:
     assert bnsurgery.PGD is PGD
     assert "PGD" in bnsurgery.__all__
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_inputs_are_attacked_in_float32(dtype: torch.dtype) -> None:
+    seen = []
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        seen.append(logits.dtype)
+        return logits.sum(1)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(27, 4)).to(dtype)
+    x = torch.full((2, 3, 3, 3), 0.5, dtype=dtype)
+    # Ten steps of less than half a unit in the last place: in half precision itself none of them would move anything.
+    small = torch.finfo(dtype).eps / 8
+    made = PGD(1, 10, small, random_start=False, loss=loss)(model, x, torch.tensor([0, 1]))
+    assert made.dtype == dtype
+    assert (made != x).any()
+    assert set(seen) == {torch.float32}
+
+
+def test_small_gradients_do_not_shorten_the_steps_of_l2() -> None:
+    x, y = torch.full((2, 3, 3, 3), 0.5), torch.tensor([0, 1])
+    weight = torch.randn(4, 27, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for scale in (1.0, 1e-12, 1e-30):
+        made = PGD(0.1, 1, 0.1, "l2", random_start=False, loss=lambda logits, y: logits[:, 0])(
+            Linear(weight * scale), x, y
+        )
+        moved.append((made - x).flatten(1).norm(dim=1))
+    for length in moved:
+        assert length == pytest.approx([0.1, 0.1], abs=1e-6)
+
+
+class Linear(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight.T
+
+
+def test_gradients_that_are_not_numbers_leave_an_example_within_the_ball() -> None:
+    x, y = torch.full((2, 3, 3, 3), 0.5), torch.tensor([0, 1])
+    for norm in ("linf", "l2"):
+        made = PGD(0.1, 2, 0.1, norm, loss=lambda logits, y: logits.sum(1) * math.nan)(Linear(torch.ones(4, 27)), x, y)
+        assert torch.isfinite(made).all()
+
+
+def test_inference_mode_is_refused_with_the_remedy() -> None:
+    with torch.inference_mode(), pytest.raises(BNSurgeryError, match=r"leave torch\.inference_mode\(\)"):
+        PGD()(SMALL.build(), SMALL.example(), SMALL.labels())

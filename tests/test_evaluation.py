@@ -347,13 +347,15 @@ def test_str_is_a_small_table() -> None:
     long = AttackRow(repr(PGD()), 60, 10, 0, 50.0, 0.04)
     tensor = torch.tensor([True])
     result = Evaluation(100, 10.0, 50.0, (row, long), 8 / 255, "linf", 0, tensor, tensor)
+    width = len(f"after {PGD()!r}") + 2
     assert str(result).splitlines() == [
         "100 examples, linf, eps 0.03137",
-        "clean error                  10.00%",
-        "after apgd-ce                40.00%  (1.3 s)",
-        "after PGD(eps=0.0313725, st  50.00%  (0.0 s)",
-        "robust error                 50.00%  +- 5.0",
+        "clean error".ljust(width) + " 10.00%",
+        "after apgd-ce".ljust(width) + " 40.00%  (1.3 s)",
+        f"after {PGD()!r}".ljust(width) + " 50.00%  (0.0 s)",
+        "robust error".ljust(width) + " 50.00%  +- 5.0 (one standard error)",
     ]
+    assert "clean error                  10.00%" in str(replace(result, rows=(row,)))
 
 
 def test_adversarial_examples_are_kept_on_demand() -> None:
@@ -691,5 +693,48 @@ def test_data_that_is_not_iterable_is_refused() -> None:
 
 
 def test_a_plan_names_each_part() -> None:
-    names = [name for name, _ in plan(["autoattack", "pgd-3", PGD(), Push(0.1)], 0.1, "linf", (0.0, 1.0))]
+    names = [name for name, _ in plan(["autoattack", "pgd-3", PGD(), Push(0.1)], 8 / 255, "linf", (0.0, 1.0))]
     assert names == [*AUTOATTACK_PARTS, "pgd-3", repr(PGD()), "Push"]
+
+
+def test_an_attack_with_a_normalisation_of_its_own_is_refused_where_evaluate_normalises() -> None:
+    attack = PGD(mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match=r"has a normalisation of its own, and with evaluate\(mean=, std=\)"):
+        evaluate(SMALL.build(), (SMALL.example(), SMALL.labels()), attacks=[attack], mean=MEAN, std=STD)
+
+
+@pytest.mark.parametrize("attack", [PGD(1 / 255), PGD(8 / 255, norm="l2")], ids=repr)
+def test_an_attack_of_another_threat_than_the_evaluated_is_warned_about(attack: PGD) -> None:
+    with pytest.warns(BNSurgeryWarning, match="not of the threat that is evaluated, linf eps 0.03137"):
+        evaluate(SMALL.build(), (SMALL.example(), SMALL.labels()), attacks=[attack], progress=False)
+
+
+def test_a_targeted_pgd_is_refused_for_it_would_be_given_the_true_labels() -> None:
+    with pytest.raises(ValueError, match="a targeted PGD takes labels as targets"):
+        evaluate(SMALL.build(), (SMALL.example(), SMALL.labels()), attacks=[PGD(targeted=True)], progress=False)
+
+
+def test_an_eps_beyond_the_bounds_is_refused() -> None:
+    data = SMALL.example(), SMALL.labels()
+    with pytest.raises(ValueError, match="did you mean 8/255"):
+        evaluate(SMALL.build(), data, attacks=["pgd-2"], eps=8)
+    with pytest.raises(ValueError, match="did you mean 8/255"):
+        evaluate(SMALL.build(), data, attacks=[PGD(8)], eps=8 / 255)
+
+
+@pytest.mark.parametrize("model_type", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("data_type", [torch.float32, torch.float64], ids=str)
+def test_double_precision_is_evaluated_whatever_the_data(model_type: torch.dtype, data_type: torch.dtype) -> None:
+    model, x, y = SMALL.build(), SMALL.example(), SMALL.labels()
+    expected = evaluate(model, (x, y), attacks=["pgd-2"], progress=False)
+    found = evaluate(model.to(model_type), (x.to(data_type), y), attacks=["pgd-2"], progress=False)
+    assert torch.equal(found.robust, expected.robust)
+
+
+def test_outputs_that_are_no_tensor_are_named() -> None:
+    class Dict(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": x.flatten(1)}
+
+    with pytest.raises(ValueError, match=r"the model must return logits \(6, classes\), got a dict"):
+        evaluate(Dict(), (SMALL.example(), SMALL.labels()), attacks=["pgd-2"], progress=False)

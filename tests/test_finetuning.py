@@ -1155,3 +1155,66 @@ def test_a_lazy_model_is_refused() -> None:
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
     with pytest.raises(BNSurgeryError, match="lazy and not yet initialised: run a forward pass first"):
         tune(model, batches(4))
+
+
+def test_a_gradient_that_is_not_finite_in_the_last_parameter_alone_is_noticed() -> None:
+    model = SMALL.build()
+
+    def poison(logits: Tensor, y: Tensor) -> Tensor:
+        # sqrt(0) is finite, and its slope is not.
+        return F.cross_entropy(logits, y, reduction="none") + (model[8].bias.sum() * 0).sqrt()
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(BNSurgeryWarning, match="the loss or a gradient is not finite"):
+        run = adv_finetune(model, batches(6), epochs=1, attack=None, loss=poison, progress=False)
+    assert run.skipped == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_record_of_a_run_without_a_whole_step_is_json_without_nan() -> None:
+    model = SMALL.build()
+    with pytest.warns(BNSurgeryWarning, match="not finite"):
+        run = adv_finetune(
+            model, batches(6), epochs=1, attack=None, loss=lambda logits, y: logits.sum(1) * math.nan, progress=False
+        )
+    assert json.loads(json.dumps(run.record(), allow_nan=False))["history"][0]["loss"] is None
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    tune(SMALL.build(), batches(2), checkpoint=tmp_path / "c")
+    other = SMALL.build()
+    with torch.no_grad():
+        other[0].weight.add_(1)
+    with pytest.raises(CheckpointError, match=r"frozen was '\w{16}', is '\w{16}'"):
+        tune(other, batches(2), checkpoint=tmp_path / "c")
+
+
+def test_a_checkpoint_in_a_missing_folder_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the folder .* does not exist"):
+        tune(SMALL.build(), batches(2), checkpoint=tmp_path / "nowhere" / "c")
+
+
+def test_a_batch_without_examples_is_refused() -> None:
+    with pytest.raises(ValueError, match="data yielded a batch without examples in epoch 0"):
+        tune(SMALL.build(), [(torch.rand(0, 3, 8, 8), torch.zeros(0, dtype=torch.long))])
+
+
+@pytest.mark.parametrize("argument", [{"epochs": 1.5}, {"epochs": 1, "max_steps": 2.5}], ids=str)
+def test_counts_must_be_whole(argument: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"must be a whole number, got \d\.5"):
+        adv_finetune(SMALL.build(), batches(1), **argument)
+
+
+def test_a_dataset_in_place_of_a_loader_is_told_the_remedy() -> None:
+    data: object = TensorDataset(torch.rand(4, 3), torch.zeros(4))
+    with pytest.raises(ValueError, match="put a Dataset in a DataLoader"):
+        adv_finetune(SMALL.build(), data, epochs=1)
+
+
+def test_adversarial_examples_of_one_image_in_a_mixed_batch_meet_batch_statistics() -> None:
+    x, y = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    with pytest.warns(BNSurgeryWarning, match="one value per channel"):
+        run = adv_finetune(
+            SMALL.build(), [(x, y)], epochs=1, clean_fraction=0.5, attack=PGD(steps=1, bn="batch"), progress=False
+        )
+    assert run.history[0].left_out == 1

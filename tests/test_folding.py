@@ -1147,3 +1147,20 @@ def test_fused_parameters_change_nothing_and_follow_the_live_layers() -> None:
     tripled = fused_parameters(model.conv, model.bn)
     assert torch.allclose(tripled[0], 3 * weight)
     assert torch.allclose(tripled[1], 3 * bias, atol=1e-6)
+
+
+def test_rounding_of_a_deep_network_is_no_wrong_plan() -> None:
+    """Layers that amplify what they are given amplify rounding too, here beyond the tolerance of float32."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(25):
+        conv, bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        nn.init.normal_(conv.weight, std=0.4)
+        nn.init.normal_(bn.bias)
+        layers += [conv, bn, nn.Tanh()]
+    model = nn.Sequential(*layers).eval()
+    x = torch.rand(2, 8, 6, 6)
+    with torch.no_grad():
+        rounding = relative(model(x), copy.deepcopy(model).double()(x.double()).float())
+    assert rounding > 1e-4
+    assert len(fuse_bn(model, x).fusion_plan.fused) == 25

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from bnsurgery import BNSurgeryError, BNSurgeryWarning, Freeze, NoBatchNormError, freeze_except_bn
+from bnsurgery import BNSurgeryError, BNSurgeryWarning, Freeze, NoBatchNormError, bn_layers, freeze_except_bn
 from networks import AFFINE_FREE, HEAVY, LIGHT, NETWORK_1D, RESNET20, SHARED, SMALL, TIMM, Case, resnet20, small
 from reference import batch_norm, batch_statistics, changed, differences, norm_layers, record
 from strategies import nested_freezes
@@ -663,3 +663,37 @@ def test_a_model_wrapped_in_distributed_data_parallel_can_be_frozen_and_unfrozen
         wrapped.train()
         assert not any(layer.training for layer in norm_layers(model).values())
     assert exact_state(model) == before
+
+
+def test_a_copied_freeze_undoes_the_copy_and_the_original_undoes_the_original() -> None:
+    model = SMALL.build().train()
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    freeze = freeze_except_bn(model, stats="frozen")
+    for copied, handle in (copy.deepcopy((model, freeze)), pickle.loads(pickle.dumps((model, freeze)))):
+        handle.remove()
+        assert [parameter.requires_grad for parameter in copied.parameters()] == before
+        assert all(module.train().training for module in copied.modules())
+    assert not any(layer.training for layer in bn_layers(model).values())
+    freeze.remove()
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert all(module.training for module in model.modules())
+
+
+def test_parameters_of_integers_are_refused_before_anything_changes() -> None:
+    model = SMALL.build()
+    model.index = nn.Parameter(torch.arange(3), requires_grad=False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(ValueError, match="parameters of integers, which cannot train: index"):
+        freeze_except_bn(model, also="*")
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+def test_a_module_in_place_of_a_name_is_refused() -> None:
+    model = SMALL.build()
+    with pytest.raises(ValueError, match="also takes qualified names or globs, got a Conv2d"):
+        freeze_except_bn(model, also=model[0])
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got a function"):
+        bn_layers(lambda x: x)

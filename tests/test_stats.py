@@ -925,3 +925,19 @@ def test_a_bare_tensor_is_refused_with_the_remedy() -> None:
         ValueError, match=r"data must be an iterable of batches, got a tensor \(6, 3, 8, 8\).*in a list"
     ):
         recalibrate_bn(SMALL.build(), SMALL.example())
+
+
+@pytest.mark.parametrize("estimator", ["pooled", "exact"])
+def test_data_without_examples_leaves_the_model_alone(estimator: str) -> None:
+    model = SMALL.build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(BNSurgeryError, match="over 0 values per channel are not finite"):
+        recalibrate_bn(model[1], [SMALL.example()[:0].new_empty(0, 8, 4, 4)], estimator=estimator)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_shuffling_loader_leaves_the_global_random_state_alone() -> None:
+    loader = torch.utils.data.DataLoader(SMALL.example(), batch_size=3, shuffle=True)
+    before = torch.get_rng_state()
+    recalibrate_bn(SMALL.build(), loader)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""bnsurgery: operate on the batch-normalization layers of any PyTorch model.
+"""Operate on the batch-normalization layers of any PyTorch model.
 
 Find them (:func:`bn_layers`), choose what trains (:func:`freeze_except_bn`), reset and re-estimate their statistics
 (:func:`reset_bn_stats`, :func:`recalibrate_bn`), read them as one affine map (:func:`fold_bn`), fuse them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,16 @@ def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
             "use another path, or remove the file"
         )
     return state
+
+
+def fingerprint(model: nn.Module, trainable: tuple[str, ...]) -> str:
+    """A hash of the parameters that do not train: a checkpoint goes with the network that it was made from."""
+    digest = hashlib.sha256()
+    for name, parameter in named_parameters(model).items():
+        if name not in trainable:
+            flat = parameter.detach().cpu().contiguous().flatten()
+            digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def tensors(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias, TypeGuard
 
@@ -53,7 +54,8 @@ def check_pair(x: Tensor, y: Tensor) -> None:
     if y.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f"y must hold integer labels, got {y.dtype}")
     if y.shape != x.shape[:1]:
-        raise ValueError(f"y must have shape ({len(x)},) to go with x {tuple(x.shape)}, got {tuple(y.shape)}")
+        hint = ": batch single examples first, in a DataLoader for example" if y.dim() == 0 else ""
+        raise ValueError(f"y must have shape ({len(x)},) to go with x {tuple(x.shape)}, got {tuple(y.shape)}{hint}")
 
 
 def check_bounds(x: Tensor, bounds: tuple[float, float], *, tolerance: float = 1e-4) -> None:
@@ -63,13 +65,26 @@ def check_bounds(x: Tensor, bounds: tuple[float, float], *, tolerance: float = 1
     low, high = (float(value) for value in torch.aminmax(x.detach()))
     if not (bounds[0] - tolerance <= low and high <= bounds[1] + tolerance):
         raise ValueError(
-            f"x must lie in bounds=({bounds[0]:g}, {bounds[1]:g}), got values from {low:.4g} to {high:.4g}: "
-            "scale the inputs, or say mean= and std= if they are normalised"
+            f"x must lie in bounds=({bounds[0]:g}, {bounds[1]:g}), got values from {low:.4g} to {high:.4g}: scale the "
+            "inputs, or say mean= and std= if they are normalised (to PGD, or to evaluate)"
+        )
+
+
+def check_eps(eps: float, norm: str, bounds: tuple[float, float]) -> None:
+    """Raises :class:`ValueError` unless eps is finite, at least 0 and, for L-infinity, less than all there is."""
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be finite and at least 0, got {eps}")
+    if norm == "linf" and eps > bounds[1] - bounds[0] > 0:
+        raise ValueError(
+            f"eps must be in the units of bounds=({bounds[0]:g}, {bounds[1]:g}), got {eps:g}, which is more than their "
+            f"whole range: did you mean {eps:g}/255?"
         )
 
 
 def check_labels(y: Tensor, logits: Tensor) -> None:
     """Raises :class:`ValueError` unless logits are (N, K) and labels lie in 0 ... K - 1."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model must return logits ({len(y)}, classes), got {describe(logits)}: wrap it")
     if logits.dim() != 2 or len(logits) != len(y):
         raise ValueError(f"the model must return logits ({len(y)}, classes), got {tuple(logits.shape)}")
     if len(y):

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bnsurgery._data import check_labels
-from bnsurgery.adapters import AUTOATTACK_PARTS, autoattack, check_attack, craft, describe_attack, is_autoattack
+from bnsurgery.adapters import (
+    AUTOATTACK_PARTS,
+    autoattack,
+    check_attack,
+    craft,
+    describe_attack,
+    is_autoattack,
+    normalises,
+    threat_of,
+)
 from bnsurgery.attacks import PGD, Norm, distance
 from bnsurgery.errors import BNSurgeryWarning
 from bnsurgery.layers import device_of
@@ -22,7 +31,9 @@ from bnsurgery.layers import device_of
 Build = Callable[[nn.Module, int, torch.device, int], Any]
 
 
-def plan(attacks: str | Sequence[Any], eps: float, norm: Norm, bounds: tuple[float, float]) -> list[tuple[str, Build]]:
+def plan(
+    attacks: str | Sequence[Any], eps: float, norm: Norm, bounds: tuple[float, float], *, normalised: bool = False
+) -> list[tuple[str, Build]]:
     """What is to run, in order: a name, and a function that builds the attack once the model is known."""
     if isinstance(attacks, str) or not isinstance(attacks, Sequence):
         attacks = (attacks,)
@@ -30,14 +41,27 @@ def plan(attacks: str | Sequence[Any], eps: float, norm: Norm, bounds: tuple[flo
     for attack in attacks:
         if not isinstance(attack, str):
             check_attack(attack)
+            if normalised and normalises(attack):
+                raise ValueError(
+                    f"{describe_attack(attack)} has a normalisation of its own, and with evaluate(mean=, std=) attacks "
+                    "are given pixels: pass it without"
+                )
+            threat = threat_of(attack)
+            if threat is not None and (threat[1] != norm or threat[0] < eps * (1 - 1e-6)):
+                warnings.warn(
+                    f"{describe_attack(attack)} is an attack of {threat[1]} eps {threat[0]:.4g}, not of the threat "
+                    f"that is evaluated, {norm} eps {eps:.4g}: robust error may come out too low",
+                    BNSurgeryWarning,
+                    stacklevel=3,
+                )
             plans.append((describe_attack(attack), lambda *_, attack=attack: attack))
         elif attack == "autoattack":
             plans += [(part, _autoattack_part(part, eps, norm)) for part in AUTOATTACK_PARTS]
         elif attack in AUTOATTACK_PARTS:
             plans.append((attack, _autoattack_part(attack, eps, norm)))
-        elif match := re.fullmatch(r"pgd-(\d+)", attack):
+        elif match := re.fullmatch(r"pgd-([1-9]\d*)", attack):
             steps = int(match[1])
-            made = PGD(eps, steps, 2.5 * eps / max(steps, 1), norm, bounds=bounds)
+            made = PGD(eps, steps, 2.5 * eps / steps, norm, bounds=bounds)
             plans.append((attack, lambda *_, made=made: made))
         else:
             known = ", ".join(map(repr, ("autoattack", *AUTOATTACK_PARTS, "pgd-20")))
@@ -90,14 +114,17 @@ class InPixels(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
-        self.mean, self.std = torch.tensor(mean or [0.0]), torch.tensor(std or [1.0])
+        self.mean, self.std = (
+            torch.as_tensor([default] if given is None else given, dtype=torch.float64).flatten()
+            for given, default in ((mean, 0.0), (std, 1.0))
+        )
         if not bool((self.std > 0).all()):
             raise ValueError(f"std must be above 0, got {std}")
 
     def pixels(self, x: Tensor) -> Tensor:
         """The model's own inputs (N, C, ...) in pixel units, float32."""
         mean, std = self._like(x)
-        return x.to(mean.dtype) * std + mean
+        return (x.to(mean.dtype) * std + mean).float()
 
     def inputs(self, pixels: Tensor) -> Tensor:
         """Pixels (N, C, ...) as the model takes them."""
@@ -107,7 +134,7 @@ class InPixels(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits (N, K) in float32."""
         logits: Tensor = self.model(self.inputs(pixels))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.float()
 
     def _like(self, x: Tensor) -> list[Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)

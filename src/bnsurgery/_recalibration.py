@@ -210,7 +210,7 @@ class Run:
             if has_statistics(self.layers[name])
         }
         for name, (mean, variance, elements, _) in written.items():
-            if not bool((torch.isfinite(mean) & torch.isfinite(variance)).all()):
+            if elements < 2 or not bool((torch.isfinite(mean) & torch.isfinite(variance)).all()):
                 raise BNSurgeryError(
                     f"the statistics of {label(name, self.layers[name])} over {elements} values per channel are "
                     "not finite: look for NaN or infinite inputs, or give more data; nothing was written"

@@ -155,6 +155,8 @@ class Tuning:
         for batch in data:
             batches += 1
             x, y = unpack(batch)
+            if not len(x):
+                raise ValueError(f"data yielded a batch without examples in epoch {self.epoch}")
             outcome = self._try(x.to(self.device), y.to(self.device).long())
             self.step += 1
             self._bar.update()
@@ -232,7 +234,8 @@ class Tuning:
             return True
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if gradients and not all(bool(torch.isfinite(norm)) for norm in torch._foreach_norm(gradients)):
+        norms = torch._foreach_norm(gradients, math.inf) if gradients else ()  # the largest entry: it cannot overflow
+        if norms and not bool(torch.stack([norm.float().to(self.device) for norm in norms]).isfinite().all()):
             return False
         factor = self.schedule(self._progress())
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from bnsurgery._data import check_pair, describe
+from bnsurgery._data import check_bounds, check_eps, check_pair, describe
 from bnsurgery._modes import global_state, seed_of
 from bnsurgery.attacks import PGD, Norm, attacking, check_norm
 from bnsurgery.errors import BNSurgeryError, MissingExtraError
@@ -52,10 +52,12 @@ def craft(
         ValueError: wrong shapes.
         BNSurgeryError: the attack returned something else than inputs of the same shape.
     """
+    check_attack(attack)
     if isinstance(attack, PGD):
         return attack(model, x, y, generator=generator)
-    check_attack(attack)
     check_pair(x, y)
+    if is_autoattack(attack) or (is_torchattacks(attack) and not normalises(attack)):
+        check_bounds(x, (0.0, 1.0))  # they would clamp it there without a word
     seed = seed_of(generator)
     x_own, y_own = x.detach().clone(), y.clone()
     made: Any
@@ -80,6 +82,13 @@ def check_attack(attack: Any) -> None:
             "an attack must be a PGD, a torchattacks or AutoAttack object, or a callable attack(model, x, y), "
             f"got {attack!r}"
         )
+    if isinstance(attack, PGD):
+        check_eps(attack.eps, attack.norm, attack.bounds)
+    if isinstance(attack, PGD) and attack.targeted:
+        raise ValueError(
+            "a targeted PGD takes labels as targets, and here it would be given the true ones: pass a callable that "
+            "chooses targets, such as lambda model, x, y: attack(model, x, (y + 1) % 10)"
+        )
 
 
 def describe_attack(attack: Any) -> str:
@@ -93,6 +102,17 @@ def describe_attack(attack: Any) -> str:
     if is_autoattack(attack):
         return "AutoAttack"
     return getattr(attack, "__name__", type(attack).__name__)
+
+
+def configuration_of(attack: Any) -> str:
+    """What sets an attack apart from others of its kind, for the configuration of a checkpoint."""
+    if is_torchattacks(attack):
+        plain = (bool, int, float, str, tuple, list)
+        options = {k: v for k, v in sorted(vars(attack).items()) if isinstance(v, plain) and not k.startswith("_")}
+        return f"{describe_attack(attack)}({options})"
+    if is_autoattack(attack):
+        return f"AutoAttack({attack.norm}, {attack.epsilon:g}, {attack.attacks_to_run}, {attack.seed})"
+    return describe_attack(attack)
 
 
 def autoattack(
@@ -150,6 +170,22 @@ def is_autoattack(attack: object) -> bool:
     """Whether this is an AutoAttack object, of ``pyautoattack`` or ``autoattack``."""
     modules = [sys.modules.get(name) for name in _AUTOATTACK_MODULES]
     return any(module is not None and isinstance(attack, module.AutoAttack) for module in modules)
+
+
+def normalises(attack: Any) -> bool:
+    """Whether an attack object undoes a normalisation of the data by itself."""
+    if is_torchattacks(attack):
+        return attack._normalization_applied is True
+    return isinstance(attack, PGD) and attack.mean is not None
+
+
+def threat_of(attack: Any) -> tuple[float, str] | None:
+    """Radius and norm of an attack object, where it says them."""
+    if isinstance(attack, PGD):
+        return attack.eps, attack.norm
+    if is_autoattack(attack):
+        return float(attack.epsilon), str(attack.norm).lower()
+    return None
 
 
 def _autoattack_module() -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bnsurgery._data import check_bounds, check_labels, check_pair
 from bnsurgery._modes import global_state, preserved, seed_of
+from bnsurgery.errors import BNSurgeryError
 from bnsurgery.layers import bn_layers, has_statistics
 
 Norm = Literal["linf", "l2"]
@@ -72,7 +73,11 @@ class _L2:
         return direction.mul_(eps * _column(radius.to(like.device), like))
 
     def step(self, gradient: Tensor) -> Tensor:
-        return gradient / (_column(_length(gradient), gradient) + 1e-10)
+        # Largest entry first: the squares of small gradients underflow, and a constant would shorten the step.
+        gradient = gradient.nan_to_num(0, 0, 0)
+        tiny = torch.finfo(gradient.dtype).tiny
+        scaled = gradient / _column(gradient.flatten(1).abs().amax(1), gradient).clamp_min(tiny)
+        return scaled / _column(_length(scaled), scaled).clamp_min(tiny)
 
     def project(self, delta: Tensor, eps: float) -> Tensor:
         return delta * _column((eps / _length(delta).clamp_min(1e-20)).clamp(max=1), delta)
@@ -252,7 +257,7 @@ class PGD:
         return self._copy()
 
     def _copy(self) -> PGD:
-        other = object.__new__(PGD)
+        other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, _generator=None)
         return other
 
@@ -273,6 +278,8 @@ def attacking(model: nn.Module, bn: BNMode = "eval") -> Iterator[None]:
 
     Modes as ``bn`` says; no parameter asks for a gradient, which spares their share of the backward pass.
     """
+    if torch.is_inference_mode_enabled():
+        raise BNSurgeryError("an attack needs gradients: leave torch.inference_mode(); torch.no_grad() is fine")
     with preserved(model):
         if bn == "train":
             model.train()

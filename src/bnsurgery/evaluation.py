@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnsurgery._data import Data, batches_of, check_bounds
+from bnsurgery._data import Data, batches_of, check_bounds, check_eps
 from bnsurgery._evaluating import AttackRow, InPixels, Run, percent, plan
 from bnsurgery._modes import global_state
 from bnsurgery.attacks import Norm, attacking, check_norm
@@ -60,12 +60,15 @@ class Evaluation:
         return {name: getattr(self, name) for name in names} | {"rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
+        after = [(f"after {row.attack}", f"{row.robust_error:6.2f}%  ({row.seconds:.1f} s)") for row in self.rows]
         lines = [
-            f"{self.examples} examples, {self.norm}, eps {self.eps:.4g}",
-            f"{'clean error':28}{_p(self.clean_error)}",
+            ("clean error", f"{self.clean_error:6.2f}%"),
+            *after,
+            ("robust error", f"{self.robust_error:6.2f}%  +- {self.standard_error:.1f} (one standard error)"),
         ]
-        lines += [f"{f'after {row.attack}'[:27]:28}{_p(row.robust_error)}  ({row.seconds:.1f} s)" for row in self.rows]
-        return "\n".join([*lines, f"{'robust error':28}{_p(self.robust_error)}  +- {self.standard_error:.1f}"])
+        width = max(26, *(len(name) for name, _ in lines)) + 2
+        head = f"{self.examples} examples, {self.norm}, eps {self.eps:.4g}"
+        return "\n".join([head, *(f"{name:{width}}{value}" for name, value in lines)])
 
 
 def evaluate(
@@ -122,9 +125,8 @@ def evaluate(
         >>> result.examples, len(result.rows), result.robust_error >= result.clean_error
         (8, 1, True)
     """
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps must be finite and at least 0, got {eps}")
     check_norm(norm)
+    check_eps(eps, norm, bounds)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if max_examples is not None and max_examples < 1:
@@ -132,15 +134,16 @@ def evaluate(
     if (mean is None) != (std is None):
         raise ValueError("mean and std go together: give both or neither")
     root = unwrap(model)
-    plans = plan(attacks, eps, norm, bounds)
+    plans = plan(attacks, eps, norm, bounds, normalised=mean is not None)
     with global_state(device_of(root)):
         x, y = _gather(data, batch_size, max_examples)
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), x.dtype)
     inside = None
-    if mean is not None or dtype.itemsize < 4 or x.dtype.itemsize < 4:
+    if mean is not None or (dtype, x.dtype) != (torch.float32, torch.float32):
         root = inside = InPixels(root, dtype, mean, std)
         x = inside.pixels(x)
     check_bounds(x, bounds)
+    x = x.clamp(*bounds)  # rounding: attacks and the check of what they return take the bounds at their word
     run = Run(root, x, y, batch_size)
     with attacking(root), torch.autocast(run.device.type, enabled=False):
         correct = run.clean()
@@ -178,7 +181,3 @@ def _gather(data: Data, batch_size: int, most: int | None) -> tuple[Tensor, Tens
     if not count:
         raise ValueError("data has no examples")
     return torch.cat([x for x, _ in pairs])[:most], torch.cat([y for _, y in pairs])[:most]
-
-
-def _p(error: float) -> str:
-    return f"{error:6.2f}%"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from bnsurgery import _checkpoints
 from bnsurgery._data import is_pair
 from bnsurgery._modes import global_state, preserved
 from bnsurgery._tuning import SCHEDULES, Callback, EpochRecord, Schedule, StepCallback, StepRecord, Tuning, attack_step
-from bnsurgery.adapters import check_attack, describe_attack
+from bnsurgery.adapters import check_attack, configuration_of
 from bnsurgery.attacks import PGD, Loss, cross_entropy
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.freezing import freeze_except_bn
@@ -53,8 +54,11 @@ class Finetuning:
         return sum(record.skipped for record in self.history)
 
     def record(self) -> dict[str, Any]:
-        """Everything as plain values, ready for JSON."""
-        return asdict(self)
+        """Everything as plain values, ready for JSON; a loss or error of no step at all is None."""
+        record = asdict(self)
+        for epoch in record["history"]:
+            epoch.update({name: None for name in ("loss", "error") if not math.isfinite(epoch[name])})
+        return record
 
 
 def adv_finetune(
@@ -84,7 +88,9 @@ def adv_finetune(
     Each step attacks the batch with the model in evaluation mode, then takes an optimizer step on the adversarial
     examples with the model in training mode (Walter et al., following Madry et al.). What changes in the model is the
     parameters that train and the statistics; modes, ``requires_grad``, gradients and the process's random state are
-    as before afterwards, also after an exception, which leaves the model as after the last whole step.
+    as before afterwards, also after an exception, which leaves the model as after the last whole step (unless it
+    strikes inside the optimizer's own step). The call freezes by itself: a freeze of your own counts with
+    ``train="as-is"`` alone.
 
     Args:
         model: maps inputs to logits (N, K).
@@ -136,6 +142,8 @@ def adv_finetune(
     factor = _schedule(schedule)
     root, device = unwrap(model), device_of(model)
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"checkpoint={str(path)!r}: the folder {str(path.parent)!r} does not exist")
     generator = torch.Generator().manual_seed(seed)
     history: list[EpochRecord] = []
     ended = "epochs"
@@ -159,9 +167,11 @@ def adv_finetune(
             progress=progress,
         )
         configuration = {
-            "attack": describe_attack(attack) if attack is not None else "none",
+            "attack": configuration_of(attack) if attack is not None else "none",
             "clean_fraction": float(clean_fraction),
             "epochs": epochs,
+            "frozen": _checkpoints.fingerprint(root, trainable) if path is not None else "",
+            "loss": getattr(loss, "__name__", type(loss).__name__),
             "max_steps": max_steps,
             "optimizer": None if chosen is None else type(chosen).__name__,
             "options": [] if chosen is None else [_options(group) for group in chosen.param_groups],
@@ -263,16 +273,19 @@ def _schedule(schedule: str | Schedule) -> Schedule:
 def _check(data: object, epochs: int, train: str, clean_fraction: float, max_steps: int | None) -> None:
     if train not in TRAIN:
         raise ValueError(f"train must be one of {', '.join(map(repr, TRAIN))}, got {train!r}")
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
-    if max_steps is not None and max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    for name, value in (("epochs", epochs), ("max_steps", max_steps)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value is not None and int(value) != value:
+            raise ValueError(f"{name} must be a whole number, got {value}")
     if not 0 <= clean_fraction <= 1:
         raise ValueError(f"clean_fraction must lie in [0, 1], got {clean_fraction}")
     if is_pair(data):
         raise ValueError("data must be an iterable of (x, y) batches, got one pair of tensors: use a DataLoader")
     if not isinstance(data, Iterable):
-        raise ValueError(f"data must be an iterable of (x, y) batches, got {type(data).__name__}")
+        raise ValueError(
+            f"data must be an iterable of (x, y) batches, got {type(data).__name__}: put a Dataset in a DataLoader"
+        )
 
 
 def _check_ddp(model: nn.Module, asked: set[str], parameters: dict[str, nn.Parameter]) -> None:

@@ -84,6 +84,9 @@ def freeze_except_bn(
     if stats == "frozen":
         for name, layer in layers.items():
             require_statistics(name, layer, "stats='frozen'")
+    fixed = [name for name, p in names.items() if id(p) in chosen and not (p.is_floating_point() or p.is_complex())]
+    if fixed:
+        raise ValueError(f"also={also!r} names parameters of integers, which cannot train: {', '.join(fixed)}")
     _warn(model, layers, stats)
 
     freeze = Freeze(model, layers, {name for name, parameter in names.items() if id(parameter) in chosen}, stats)
@@ -162,6 +165,17 @@ class Freeze:
     def __repr__(self) -> str:
         state = "removed" if self._removed else f"stats={self.stats!r}, {self.summary()}"
         return f"Freeze({state})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Keys are ids, which a copy has others of.
+        saved = [(owner, name, before) for (_, name), (owner, before) in self._saved.items()]
+        return vars(self) | {"_saved": saved}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved = {(id(owner), name): (owner, before) for owner, name, before in state["_saved"]}
+        vars(self).update(state, _saved=saved)
+        if not self._removed:
+            _ACTIVE.append(weakref.ref(self))
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._saved[id(owner), name] = (owner, _read(owner, name))

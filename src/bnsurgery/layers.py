@@ -45,6 +45,7 @@ def bn_layers(model: nn.Module, *, strict: bool = True) -> dict[str, _BatchNorm]
         NoBatchNormError: there is none (``strict=True``). InstanceNorm, GroupNorm and torchvision's
             FrozenBatchNorm2d are none.
         BNSurgeryError: a BN layer is lazy and not yet initialised, or on the meta device.
+        TypeError: this is no module.
 
     Example:
         >>> import torch
@@ -52,6 +53,8 @@ def bn_layers(model: nn.Module, *, strict: bool = True) -> dict[str, _BatchNorm]
         >>> list(bn_layers(model))
         ['1']
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     found: dict[str, _BatchNorm] = {}
     frozen = 0
     for name, module in named_modules(model):
@@ -162,6 +165,8 @@ def select(names: Mapping[str, T], patterns: Iterable[str], what: str) -> dict[s
     """
     if isinstance(patterns, str):
         patterns = (patterns,)
+    if not isinstance(patterns, Iterable) or isinstance(patterns, nn.Module):
+        raise ValueError(f"{what} takes qualified names or globs, got a {type(patterns).__name__}")
     chosen: set[str] = set()
     for pattern in patterns:
         matches = [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]

@@ -147,9 +147,12 @@ def load_bn_patch(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"no BN patch at {str(target)!r}")
     try:
         with safe_open(target, framework="pt") as file:
+            form = (file.metadata() or {}).get("format", FORMAT)
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, ValueError) as error:
         raise PatchError(f"{str(target)!r} is not a safetensors file, and nothing else is read: {error}") from error
+    if form not in (FORMAT, "pt"):
+        raise PatchError(f"{str(target)!r} has format {form!r}, and this version reads {FORMAT!r}")
     try:
         load_bn_state(model, state)
     except PatchError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,7 +49,7 @@ def plot_normalized_weights(folded: Mapping[str, Mapping[str, Affine]], *, ax: A
         (line,) = ax.plot(positions, [weight.mean().item() for weight in weights], marker="o", ms=3, label=name)
         ax.fill_between(positions, low, high, color=line.get_color(), alpha=0.2, lw=0)
     ax.set(xlabel="BN layer", ylabel="normalized weight (mean, 10th to 90th percentile)")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(_whole_numbers())
     ax.legend()
     return ax
 
@@ -81,9 +81,15 @@ def plot_errors(epochs: Sequence[float], errors: Mapping[str, Sequence[float]], 
     for name, values in errors.items():
         ax.plot(epochs, values, marker="o", ms=3, label=name)
     ax.set(xlabel="epoch", ylabel="error (%)", ylim=(0, 102))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(_whole_numbers())
     ax.legend()
     return ax
+
+
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True)
 
 
 def _axes(ax: Axes | None) -> Axes:

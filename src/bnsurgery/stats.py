@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bnsurgery._data import describe, is_pair, unpack
-from bnsurgery._modes import preserved
+from bnsurgery._modes import global_state, preserved
 from bnsurgery._recalibration import Estimator, Forward, Recalibration, Run, default_forward, to_device
 from bnsurgery.adapters import check_attack
 from bnsurgery.errors import BNSurgeryWarning
@@ -145,7 +145,7 @@ def recalibrate_bn(
                 batch = (run.craft(attack, x, y, generator), y)
             yield batch
 
-    with preserved(root), run.observed():
+    with preserved(root), global_state(run.device), run.observed():
         root.eval()
         if estimator == "ema":
             found = run.ema(source())
