@@ -1,4 +1,4 @@
-"""Fine-tunes the batch normalization of a trained ResNet-20 adversarially, and shows what that buys.
+"""Fine-tunes the batch normalization of a trained ResNet-20 adversarially, and measures the effect.
 
     python examples/quickstart.py
 

@@ -1190,7 +1190,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_in_a_missing_folder_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the folder .* does not exist"):
+    with pytest.raises(ValueError, match=r"the folder .* does not exist"):
         tune(SMALL.build(), batches(2), checkpoint=tmp_path / "nowhere" / "c")
 
 
