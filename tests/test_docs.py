@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+import quickstart
 import torch
 
 import bnsurgery
+import networks  # noqa: F401 - puts the examples on the path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,10 +74,27 @@ def test_the_readmes_figures_are_those_of_the_committed_record() -> None:
     before, after = record["before"]["autoattack"], record["after"]["autoattack"]
     text = (
         f"the first {before['examples']} test images) its robust error falls from {before['robust_error']:.1f}% to "
-        f"{after['robust_error']:.1f}%, while its clean error rises from {before['clean_error']:.1f}% to "
+        f"{after['robust_error']:.1f}% (standard error {after['standard_error']:.1f} points), while its clean error rises from {before['clean_error']:.1f}% to "
         f"{after['clean_error']:.1f}%. The two networks differ by a file of {record['patch_bytes']:,} bytes."
     )
-    assert text in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert text in readme
+    assert f"the script itself took {record['seconds']:.0f} s" in readme
+
+
+def test_the_committed_record_is_of_the_scripts_defaults() -> None:
+    record = json.loads((ROOT / "examples/results/quickstart/record.json").read_text(encoding="utf-8"))
+    defaults = quickstart.arguments([])
+    assert record["settings"]["lr"] == defaults.lr
+    assert record["settings"]["epochs"] == len(record["finetuning"]["history"]) == 8
+    assert f"default: {record['settings']['epochs']} on the sample" in (ROOT / "examples/quickstart.py").read_text(
+        "utf-8"
+    )
+    assert record["seed"] == defaults.seed
+    assert record["versions"]["bnsurgery"] == bnsurgery.__version__
+    gain = record["before"]["autoattack"]["robust_error"] - record["after"]["autoattack"]["robust_error"]
+    assert gain >= 8
+    assert record["seconds"] <= 240
 
 
 def test_the_committed_output_and_record_are_of_the_same_run() -> None:
