@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
+import networks  # noqa: F401 - it puts the examples on the path
+
 torch.set_num_threads(1)
 settings.register_profile(
     "bnsurgery",
