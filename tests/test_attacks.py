@@ -23,7 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnsurgery
 from bnsurgery import PGD, BNSurgeryError
-from bnsurgery.attacks import attacking, check_norm, distance
+from bnsurgery._geometry import check_norm, distance
+from bnsurgery.attacks import attacking
 from networks import SMALL
 
 F64 = torch.float64

@@ -1218,3 +1218,9 @@ def test_adversarial_examples_of_one_image_in_a_mixed_batch_meet_batch_statistic
             SMALL.build(), [(x, y)], epochs=1, clean_fraction=0.5, attack=PGD(steps=1, bn="batch"), progress=False
         )
     assert run.history[0].left_out == 1
+
+
+def test_one_callback_needs_no_list() -> None:
+    seen = []
+    tune(SMALL.build(), batches(6), epochs=2, callbacks=lambda record, _: seen.append(record.epoch))
+    assert seen == [0, 1]

@@ -25,6 +25,7 @@ ORDER = [
     "_modes",
     "_data",
     "freezing",
+    "_geometry",
     "attacks",
     "adapters",
     "_moments",

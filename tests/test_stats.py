@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -941,3 +941,15 @@ def test_a_shuffling_loader_leaves_the_global_random_state_alone() -> None:
     before = torch.get_rng_state()
     recalibrate_bn(SMALL.build(), loader)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_named_tuples_reach_forward_as_they_are() -> None:
+    class Batch(NamedTuple):
+        index: torch.Tensor
+        image: torch.Tensor
+
+    expected, model = SMALL.build(), SMALL.build()
+    recalibrate_bn(expected, [SMALL.example()])
+    batch = Batch(torch.arange(6), SMALL.example())
+    recalibrate_bn(model, [batch], forward=lambda model, batch: model(batch.image))
+    assert all(torch.equal(a, b) for a, b in zip(expected.buffers(), model.buffers(), strict=True))

@@ -19,10 +19,26 @@ from bnsurgery.layers import join, named_modules, named_parameters
 FORMAT = "bnsurgery-checkpoint-1"
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
+def save(
+    path: Path,
+    configuration: dict[str, Any],
+    progress: dict[str, Any],
+    targets: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    device: torch.device,
+    generator: torch.Generator,
+) -> None:
     """Writes a checkpoint; the one before stays until the new one is whole."""
+    state = {
+        **progress,
+        "configuration": configuration,
+        "format": FORMAT,
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "random": random_state(device, generator),
+        "tensors": {name: tensor.detach().cpu() for name, tensor in targets.items()},
+    }
     with replacing(path) as partial:
-        torch.save({"format": FORMAT, **state}, partial)
+        torch.save(state, partial)
 
 
 def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:

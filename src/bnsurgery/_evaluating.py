@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bnsurgery._data import check_labels
+from bnsurgery._geometry import Norm, distance
 from bnsurgery.adapters import (
     AUTOATTACK_PARTS,
     autoattack,
@@ -24,7 +25,7 @@ from bnsurgery.adapters import (
     normalises,
     threat_of,
 )
-from bnsurgery.attacks import PGD, Norm, distance
+from bnsurgery.attacks import PGD
 from bnsurgery.errors import BNSurgeryWarning
 from bnsurgery.layers import device_of
 

@@ -257,6 +257,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """A batch's tensors on a device: a tensor, or tuples, lists and dicts of them."""
     if isinstance(batch, Tensor):
         return batch.to(device)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(part, device) for part in batch))
     if isinstance(batch, (tuple, list)):
         return tuple(to_device(part, device) for part in batch)
     if isinstance(batch, dict):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bnsurgery._data import check_bounds, check_eps, check_pair, describe
+from bnsurgery._geometry import Norm, check_norm
 from bnsurgery._modes import global_state, seed_of
-from bnsurgery.attacks import PGD, Norm, attacking, check_norm
+from bnsurgery.attacks import PGD, attacking
 from bnsurgery.errors import BNSurgeryError, MissingExtraError
 
 AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")

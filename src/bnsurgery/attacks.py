@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnsurgery._data import check_bounds, check_labels, check_pair
+from bnsurgery._geometry import GEOMETRIES, Norm, check_norm, column
 from bnsurgery._modes import global_state, preserved, seed_of
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.layers import bn_layers, has_statistics
 
-Norm = Literal["linf", "l2"]
 BNMode = Literal["eval", "batch", "train"]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,53 +37,6 @@ class Attack(Protocol):
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of each example: logits (N, K) and labels (N,) to (N,)."""
     return F.cross_entropy(logits, y, reduction="none")
-
-
-class Geometry(Protocol):
-    """The three pieces in which norms differ; deltas are (N, ...) in pixel units."""
-
-    def start(self, like: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-        """A random perturbation within eps."""
-        ...  # pragma: no cover - a protocol
-
-    def step(self, gradient: Tensor) -> Tensor:
-        """The direction of steepest ascent, of norm 1."""
-        ...  # pragma: no cover - a protocol
-
-    def project(self, delta: Tensor, eps: float) -> Tensor:
-        """The nearest perturbation within eps."""
-        ...  # pragma: no cover - a protocol
-
-
-class _Linf:
-    def start(self, like: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-        return _random(torch.rand, like, generator).mul_(2 * eps).sub_(eps)
-
-    def step(self, gradient: Tensor) -> Tensor:
-        return gradient.sign()
-
-    def project(self, delta: Tensor, eps: float) -> Tensor:
-        return delta.clamp(-eps, eps)
-
-
-class _L2:
-    def start(self, like: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-        direction = self.step(_random(torch.randn, like, generator))
-        radius = torch.rand(len(like), generator=generator, device=generator.device, dtype=like.dtype)
-        return direction.mul_(eps * _column(radius.to(like.device), like))
-
-    def step(self, gradient: Tensor) -> Tensor:
-        # Largest entry first: the squares of small gradients underflow, and a constant would shorten the step.
-        gradient = gradient.nan_to_num(0, 0, 0)
-        tiny = torch.finfo(gradient.dtype).tiny
-        scaled = gradient / _column(gradient.flatten(1).abs().amax(1), gradient).clamp_min(tiny)
-        return scaled / _column(_length(scaled), scaled).clamp_min(tiny)
-
-    def project(self, delta: Tensor, eps: float) -> Tensor:
-        return delta * _column((eps / _length(delta).clamp_min(1e-20)).clamp(max=1), delta)
-
-
-GEOMETRIES: dict[Norm, Geometry] = {"linf": _Linf(), "l2": _L2()}
 
 
 class PGD:
@@ -223,7 +176,7 @@ class PGD:
                 losses = direction * self.loss(logits.to(pixels.dtype), y)
                 if self.best:
                     better = losses.detach() > best_loss
-                    best = torch.where(_column(better, pixels), current.detach(), best)
+                    best = torch.where(column(better, pixels), current.detach(), best)
                     best_loss = torch.where(better, losses.detach(), best_loss)
                     if step == self.steps:
                         break
@@ -295,32 +248,6 @@ def attacking(model: nn.Module, bn: BNMode = "eval") -> Iterator[None]:
         yield
 
 
-def check_norm(norm: str) -> None:
-    """Raises :class:`ValueError` for a norm that this library does not know."""
-    if norm not in GEOMETRIES:
-        raise ValueError(f"norm must be one of {', '.join(map(repr, GEOMETRIES))}, got {norm!r}")
-
-
-def distance(x: Tensor, other: Tensor, norm: Norm) -> Tensor:
-    """The norm of each example's difference: (N, ...) and (N, ...) to (N,)."""
-    delta = (other - x).flatten(1)
-    return delta.abs().amax(1) if norm == "linf" else _length(delta)
-
-
-def _random(draw: Callable[..., Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
-    numbers = draw(like.shape, generator=generator, device=generator.device, dtype=like.dtype)
-    return numbers.to(like.device)
-
-
 def _channels(values: Tensor, x: Tensor) -> Tensor:
     values = values.to(x.device, x.dtype)
     return values.view(-1, *[1] * (x.dim() - 2)) if values.dim() == 1 else values
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
-def _length(delta: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
-    return length

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from bnsurgery._data import Data, batches_of, check_bounds, check_eps
 from bnsurgery._evaluating import AttackRow, InPixels, Run, percent, plan
+from bnsurgery._geometry import Norm, check_norm
 from bnsurgery._modes import global_state
-from bnsurgery.attacks import Norm, attacking, check_norm
+from bnsurgery.attacks import attacking
 from bnsurgery.layers import device_of, unwrap
 
 __all__ = ["AttackRow", "Evaluation", "evaluate"]

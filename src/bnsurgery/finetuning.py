@@ -76,7 +76,7 @@ def adv_finetune(
     weight_decay: float = 5e-4,
     schedule: str | Schedule = "step",
     loss: Loss = cross_entropy,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callback | Sequence[Callback] = (),
     on_step: StepCallback | None = None,
     max_steps: int | None = None,
     seed: int = 0,
@@ -111,7 +111,8 @@ def adv_finetune(
         schedule: factor on the learning rate: ``"step"`` (x 0.1 after 40, 60 and 80 % of the steps), ``"cosine"``,
             ``"linear"``, ``"constant"``, or a function of progress from 0 to 1.
         loss: logits (N, K) and labels (N,) to a loss for each example (N,).
-        callbacks: called after each epoch with its record and the model; one that returns True ends the run.
+        callbacks: one or several, called after each epoch with its record and the model; one that returns True ends
+            the run.
         on_step: called after each step likewise.
         max_steps: end after so many steps.
         seed: seeds the attack and, for the length of the call, torch's, NumPy's and Python's global generators, from
@@ -140,6 +141,7 @@ def adv_finetune(
     if attack is not None:
         check_attack(attack)
     factor = _schedule(schedule)
+    each_epoch = (callbacks,) if callable(callbacks) else tuple(callbacks)
     root, device = unwrap(model), device_of(model)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
@@ -189,26 +191,20 @@ def adv_finetune(
             while tuning.epoch < epochs and ended == "epochs":
                 record = tuning.run_epoch(data)
                 history.append(record)
-                stop = [bool(callback(record, root)) for callback in callbacks]
+                stop = [bool(callback(record, root)) for callback in each_epoch]
                 if tuning.stopped or any(stop):
                     ended = "callback"
                 elif tuning.done:
                     ended = "max_steps"
                 tuning.epoch += 1
                 if path is not None:
-                    state = {
-                        "configuration": configuration,
+                    targets = _checkpoints.tensors(root, trainable)
+                    progressed = {
                         "ended": ended,
                         "history": [asdict(record) for record in history],
-                        "optimizer": None if chosen is None else chosen.state_dict(),
-                        "random": _checkpoints.random_state(device, generator),
                         "step": tuning.step,
-                        "tensors": {
-                            name: tensor.detach().cpu()
-                            for name, tensor in _checkpoints.tensors(root, trainable).items()
-                        },
                     }
-                    _checkpoints.save(path, state)
+                    _checkpoints.save(path, configuration, progressed, targets, chosen, device, generator)
     return Finetuning(tuple(history), trainable, tuning.step, train, ended)
 
 
