@@ -85,11 +85,11 @@ def check_attack(attack: Any) -> None:
         )
     if isinstance(attack, PGD):
         check_eps(attack.eps, attack.norm, attack.bounds)
-    if isinstance(attack, PGD) and attack.targeted:
-        raise ValueError(
-            "a targeted PGD takes labels as targets, and here it would be given the true ones: pass a callable that "
-            "chooses targets, such as lambda model, x, y: attack(model, x, (y + 1) % 10)"
-        )
+        if attack.targeted:
+            raise ValueError(
+                "a targeted PGD takes labels as targets, and here it would be given the true ones: pass a callable "
+                "that chooses targets, such as lambda model, x, y: attack(model, x, (y + 1) % 10)"
+            )
 
 
 def describe_attack(attack: Any) -> str:

@@ -199,12 +199,8 @@ def adv_finetune(
                 tuning.epoch += 1
                 if path is not None:
                     targets = _checkpoints.tensors(root, trainable)
-                    progressed = {
-                        "ended": ended,
-                        "history": [asdict(record) for record in history],
-                        "step": tuning.step,
-                    }
-                    _checkpoints.save(path, configuration, progressed, targets, chosen, device, generator)
+                    done = {"ended": ended, "history": [asdict(epoch) for epoch in history], "step": tuning.step}
+                    _checkpoints.save(path, configuration, done, targets, chosen, device, generator)
     return Finetuning(tuple(history), trainable, tuning.step, train, ended)
 
 
