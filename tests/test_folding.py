@@ -413,7 +413,7 @@ def test_dtypes_are_kept(dtype: torch.dtype, tolerance: float) -> None:
 def test_half_precision_is_rounded_once() -> None:
     conv, bn = nn.Conv2d(3, 8, 3), shake(nn.BatchNorm2d(8))
     conv, bn = conv.to(torch.bfloat16), bn.to(torch.bfloat16)
-    weight, bias = fused_parameters(conv, bn)
+    ((weight, bias),) = fused_parameters([(conv, bn)])
     m, b = numpy_affine(bn)
     exact = m[:, None, None, None] * conv.weight.detach().double().numpy()
     assert torch.equal(weight, torch.from_numpy(exact).to(torch.bfloat16))
@@ -1137,14 +1137,14 @@ def test_a_fused_copy_has_nothing_left_to_fuse() -> None:
 def test_fused_parameters_change_nothing_and_follow_the_live_layers() -> None:
     model = Net().train()
     before = fingerprint(model)
-    weight, bias = fused_parameters(model.conv, model.bn)
+    ((weight, bias),) = fused_parameters([(model.conv, model.bn)])
     assert fingerprint(model) == before
     assert not weight.requires_grad
     assert not bias.requires_grad
     with torch.no_grad():
         model.bn.weight.mul_(3)
         model.bn.bias.mul_(3)
-    tripled = fused_parameters(model.conv, model.bn)
+    (tripled,) = fused_parameters([(model.conv, model.bn)])
     assert torch.allclose(tripled[0], 3 * weight)
     assert torch.allclose(tripled[1], 3 * bias, atol=1e-6)
 

@@ -24,6 +24,10 @@ from bnsurgery.layers import bn_layers, has_statistics
 
 BNMode = Literal["eval", "batch", "train"]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Search = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Pixels (N, ...), labels (N,) and the first iterate (N, ...) to adversarial examples (N, ...)."""
+Advance = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""An iterate (N, ...), pixels (N, ...) and labels (N,) to losses (N,) and the next iterate."""
 
 
 class Attack(Protocol):
@@ -138,6 +142,22 @@ class PGD:
         Raises:
             ValueError: wrong shapes, inputs that are not finite or out of bounds, labels out of range.
         """
+        def search(pixels: Tensor, labels: Tensor, begin: Tensor) -> Tensor:
+            with attacking(model, self.bn):
+                return self.search(model, pixels, labels, begin, x.dtype)
+
+        return self.run(search, x, y, generator=generator, start=start)
+
+    def run(
+        self,
+        search: Search,
+        x: Tensor,
+        y: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """All but the loop: checks, pixel units, the first iterate, the random state. ``search`` does the loop."""
         check_pair(x, y)
         if start is not None and start.shape != x.shape:
             raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
@@ -159,30 +179,73 @@ class PGD:
         else:
             begin = pixels
         # A model that is random itself (dropout with bn="train") draws from the global generator.
-        with attacking(model, self.bn), global_state(x.device, seed_of(generator)):
-            adversarial = self.search(model, pixels, y.long(), self._within(begin, pixels), x.dtype)
+        with global_state(x.device, seed_of(generator)):
+            adversarial = search(pixels, y.long(), self._within(begin, pixels))
         return self._inputs(adversarial).to(x.dtype)
 
-    def search(self, model: nn.Module, pixels: Tensor, y: Tensor, begin: Tensor, dtype: torch.dtype) -> Tensor:
-        """The loop itself, all in pixel units, on a model that is ready to be attacked and takes ``dtype``."""
-        geometry, direction = GEOMETRIES[self.norm], -1.0 if self.targeted else 1.0
+    def search(
+        self,
+        model: Callable[[Tensor], Tensor],
+        pixels: Tensor,
+        y: Tensor,
+        begin: Tensor,
+        dtype: torch.dtype,
+        advance: Advance | None = None,
+    ) -> Tensor:
+        """The loop itself, all in pixel units, on a model that is ready to be attacked and takes ``dtype``.
+
+        ``advance`` stands in for a step of :meth:`advance`: the same, captured or compiled.
+        """
         current, best, best_loss = begin, begin, torch.full_like(y, -math.inf, dtype=pixels.dtype)
-        for step in range(self.steps + self.best):
-            current = current.detach().requires_grad_()
-            with torch.enable_grad():
-                logits = model(self._inputs(current).to(dtype))
-                if step == 0:
-                    check_labels(y, logits)
-                losses = direction * self.loss(logits.to(pixels.dtype), y)
-                if self.best:
-                    better = losses.detach() > best_loss
-                    best = torch.where(column(better, pixels), current.detach(), best)
-                    best_loss = torch.where(better, losses.detach(), best_loss)
-                    if step == self.steps:
-                        break
-                (gradient,) = torch.autograd.grad(losses.sum(), current)
-            current = self._within(current.detach() + self.step_size * geometry.step(gradient), pixels)
+        for step in range(self.steps):
+            if advance is None:
+                losses, ahead = self.advance(model, current, pixels, y, dtype, check=step == 0)
+            else:
+                losses, ahead = advance(current, pixels, y)
+            if self.best:
+                best, best_loss = _better(best, best_loss, current, losses)
+            current = ahead
+        if self.best:
+            with torch.no_grad():
+                losses = self.losses(model, current, y, dtype, check=self.steps == 0)
+                best, _ = _better(best, best_loss, current, losses)
         return best if self.best else current.detach()
+
+    def advance(
+        self,
+        model: Callable[[Tensor], Tensor],
+        current: Tensor,
+        pixels: Tensor,
+        y: Tensor,
+        dtype: torch.dtype,
+        *,
+        check: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """One step: the losses (N,) at the iterate ``current``, and the iterate after it."""
+        current = current.detach().requires_grad_()
+        with torch.enable_grad():
+            losses = self.losses(model, current, y, dtype, check=check)
+            # Steps go by a gradient's direction alone; float16 would lose the small ones.
+            total = losses.sum() * (2.0**10 if dtype == torch.float16 else 1.0)
+            (gradient,) = torch.autograd.grad(total, current)
+        current = current.detach()
+        return losses.detach(), self._within(current + self.step_size * GEOMETRIES[self.norm].step(gradient), pixels)
+
+    def losses(
+        self,
+        model: Callable[[Tensor], Tensor],
+        current: Tensor,
+        y: Tensor,
+        dtype: torch.dtype,
+        *,
+        check: bool = False,
+    ) -> Tensor:
+        """What the attack raises: for each example (N,) the loss, or its negative where ``targeted``."""
+        logits = model(self._inputs(current).to(dtype))
+        if check:
+            check_labels(y, logits)
+        losses = self.loss(logits.to(current.dtype), y)
+        return -losses if self.targeted else losses
 
     def __repr__(self) -> str:
         options = f"eps={self.eps:.6g}, steps={self.steps}, step_size={self.step_size:.6g}, norm={self.norm!r}"
@@ -246,6 +309,11 @@ def attacking(model: nn.Module, bn: BNMode = "eval") -> Iterator[None]:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         yield
+
+
+def _better(best: Tensor, best_loss: Tensor, current: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    better = losses > best_loss
+    return torch.where(column(better, current), current, best), torch.where(better, losses, best_loss)
 
 
 def _channels(values: Tensor, x: Tensor) -> Tensor:

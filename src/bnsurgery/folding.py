@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -96,13 +97,14 @@ def fold_bn(model: nn.Module, *, strict: bool = True) -> dict[str, Affine]:
         >>> torch.allclose(affine(z), layer(z))
         True
     """
-    folded = {}
-    for name, layer in _foldable(model, strict).items():
+    layers = _foldable(model, strict)
+    for name, layer in layers.items():
         require_statistics(name, layer, "fold_bn")
-        m, b = _normalized(layer)
+    folded = {}
+    for (name, layer), (m, b) in zip(layers.items(), _normalized(list(layers.values())), strict=True):
         held = (_read(layer, "weight"), _read(layer, "bias"), _read(layer, "running_var"))
         dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in held) else torch.float32
-        folded[name] = Affine(m.to(dtype), b.to(dtype))
+        folded[name] = Affine(m.to(dtype, copy=True), b.to(dtype, copy=True))
     return folded
 
 
@@ -200,41 +202,68 @@ def plan_fusion(model: nn.Module, example_input: Any = None, *, strict: bool = T
     )
 
 
-def fused_parameters(producer: nn.Module, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """The weight and bias of one layer that computes ``layer(producer(x))`` in evaluation mode; changes nothing.
+def fused_parameters(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each pair, the weight and bias of one layer that computes both in evaluation mode; changes nothing.
 
     Args:
-        producer: a convolution, transposed convolution or linear layer.
-        layer: a BN layer with running statistics.
+        pairs: a convolution, transposed convolution or linear layer each, and the BN layer with running statistics
+            that it feeds.
 
-    Returns:
+    Yields:
         Both detached, in the dtype of the producer's weight, computed in at least float32; the weight of the producer's
         shape, the bias of shape (C,).
     """
-    m, b = _normalized(layer)
-    weight = cast(Tensor, producer.weight).detach()
-    if producer.bias is not None:
-        b = b + m * cast(Tensor, producer.bias).detach().to(m.dtype)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    scale = m.to(wide)
-    if getattr(producer, "transposed", False):
-        # (inputs, outputs / groups, ...): the inputs of a group lead to the outputs of that group alone.
-        groups = cast(int, producer.groups)
-        scale = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
-    scale = scale[(...,) + (None,) * (weight.ndim - scale.ndim)]
-    return (weight.to(wide) * scale).to(weight.dtype), b.to(weight.dtype)
+    for (producer, _), (m, b) in zip(pairs, _normalized([layer for _, layer in pairs]), strict=True):
+        weight = cast(Tensor, producer.weight).detach()
+        if producer.bias is not None:
+            b = b + m * cast(Tensor, producer.bias).detach().to(m.dtype)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = m.to(wide)
+        if getattr(producer, "transposed", False):
+            # (inputs, outputs / groups, ...): the inputs of a group lead to the outputs of that group alone.
+            groups = cast(int, producer.groups)
+            scale = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
+        scale = scale[(...,) + (None,) * (weight.ndim - scale.ndim)]
+        yield (weight.to(wide) * scale).to(weight.dtype), b.to(weight.dtype)
 
 
-def _normalized(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """Eq. 1: m and b, in float64 where the device has it."""
-    mean, variance = cast(Tensor, layer.running_mean), cast(Tensor, layer.running_var)
-    wide = torch.float32 if variance.device.type == "mps" else torch.float64
-    gamma, beta = _read(layer, "weight"), _read(layer, "bias")
-    m = (variance.detach().to(wide) + cast(float, layer.eps)).rsqrt()
-    if gamma is not None:
-        m = m * gamma.to(wide)
-    b = -m * mean.detach().to(wide)
-    return m, b if beta is None else b + beta.to(wide)
+def _normalized(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """Eq. 1 for all layers of a device at once: m and b of each, in float64 where the device has it."""
+    by_device: dict[torch.device, list[int]] = {}
+    for index, layer in enumerate(layers):
+        by_device.setdefault(cast(Tensor, layer.running_var).device, []).append(index)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for device, indices in by_device.items():
+        own = [layers[index] for index in indices]
+        sizes = [len(cast(Tensor, layer.running_var)) for layer in own]
+        epsilons = torch.tensor([cast(float, layer.eps) for layer in own], dtype=torch.float64)
+        eps: float | Tensor = float(epsilons[0])
+        if bool((epsilons != eps).any()):
+            eps = epsilons.repeat_interleave(torch.tensor(sizes)).to(device, _wide(device))
+        mean, variance, gamma, beta = (
+            _joined([_read(layer, name) for layer in own], sizes, missing, device)
+            for name, missing in (("running_mean", 0.0), ("running_var", 1.0), ("weight", 1.0), ("bias", 0.0))
+        )
+        m = (variance + eps).rsqrt() * gamma
+        b = beta - m * mean
+        found.update(zip(indices, zip(m.split(sizes), b.split(sizes), strict=True), strict=True))
+    return [found[index] for index in range(len(layers))]
+
+
+def _joined(values: Sequence[Tensor | None], sizes: Sequence[int], missing: float, device: torch.device) -> Tensor:
+    """Vectors end to end; where one is None, ``missing`` in its place."""
+    wide = _wide(device)
+    if all(value is None for value in values):
+        return torch.full((sum(sizes),), missing, dtype=wide, device=device)
+    given = (
+        torch.full((size,), missing, dtype=wide, device=device) if value is None else value
+        for value, size in zip(values, sizes, strict=True)
+    )
+    return torch.cat(list(given)).to(wide)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _read(layer: nn.Module, name: str) -> Tensor | None:
@@ -280,9 +309,8 @@ def _apply(plan: FusionPlan, model: nn.Module) -> nn.Module:
         memo[id(layers[name])] = _remainder(layers[name], memo)
     fused = evaluation_copy(model, memo)
     copies = dict(named_modules(fused))
-    for producer, name in plan.fused:
-        target = copies[producer]
-        weight, bias = fused_parameters(target, layers[name])
+    pairs = [(copies[producer], layers[name]) for producer, name in plan.fused]
+    for (target, _), (weight, bias) in zip(pairs, fused_parameters(pairs), strict=True):
         trains = cast(Tensor, target.weight).requires_grad
         target.weight, target.bias = nn.Parameter(weight, trains), nn.Parameter(bias, trains)
     return fused
