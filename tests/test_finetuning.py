@@ -201,7 +201,7 @@ def test_bn_stats_are_those_of_torch_in_training_mode() -> None:
     reference.train()
     for x, _ in data * 2:
         with torch.no_grad():
-            reference(x)
+            reference(x.contiguous(memory_format=torch.channels_last))
     assert values(model) == values(reference)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bnsurgery.adapters import autoattack
 from bnsurgery.attacks import PGD, Attack
+from bnsurgery.engine import Engine
 from bnsurgery.errors import (
     BNSurgeryError,
     BNSurgeryWarning,
@@ -37,6 +38,7 @@ __all__ = [
     "BNSurgeryError",
     "BNSurgeryWarning",
     "CheckpointError",
+    "Engine",
     "EpochRecord",
     "Evaluation",
     "Finetuning",

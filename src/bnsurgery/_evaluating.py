@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from bnsurgery._data import check_labels
 from bnsurgery._geometry import Norm, distance
+from bnsurgery._replica import Replica, Replicas, can_attack_a_copy, craft_on_copy
 from bnsurgery.adapters import (
     AUTOATTACK_PARTS,
     autoattack,
@@ -29,7 +31,8 @@ from bnsurgery.attacks import PGD
 from bnsurgery.errors import BNSurgeryWarning
 from bnsurgery.layers import device_of
 
-Build = Callable[[nn.Module, int, torch.device, int], Any]
+Build = Callable[["Run", int], Any]
+"""The evaluation and a seed to an attack."""
 
 
 def plan(
@@ -73,13 +76,14 @@ def plan(
 
 
 def _autoattack_part(part: str, eps: float, norm: Norm) -> Build:
-    def build(model: nn.Module, classes: int, device: torch.device, seed: int) -> Any:
-        if part == "apgd-t" and classes < 4:
+    def build(run: Run, seed: int) -> Any:
+        if part == "apgd-t" and run.classes < 4:
             raise ValueError(
-                f"AutoAttack's {part} needs at least 4 classes, the model has {classes}: "
+                f"AutoAttack's {part} needs at least 4 classes, the model has {run.classes}: "
                 "name other parts, such as attacks=('apgd-ce', 'square')"
             )
-        attack = autoattack(model, eps=eps, norm=norm, seed=seed, classes=classes, device=device)
+        model = run.model if run.replica is None else run.replica.net
+        attack = autoattack(model, eps=eps, norm=norm, seed=seed, classes=run.classes, device=run.device)
         attack.attacks_to_run = [part]
         return attack
 
@@ -150,8 +154,10 @@ class InPixels(nn.Module):
 class Run:
     """One evaluation: the examples, what is still right, and what broke the others."""
 
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, batch_size: int, replicas: Replicas | None) -> None:
+        """Attacks run on a copy of the model where there are ``replicas`` and the attack can."""
         self.model, self.x, self.y, self.batch_size = model, x, y, batch_size
+        self._replicas = replicas
         self.device = device_of(model)
         self.adversarial = x.clone()
         self.robust = torch.ones(len(y), dtype=torch.bool)
@@ -172,6 +178,19 @@ class Run:
                 right.append(logits.argmax(1).cpu() == self.y[index])
         return torch.cat(right)
 
+    @cached_property
+    def replica(self) -> Replica | None:
+        """The copy that attacks run on, where there is one."""
+        return None if self._replicas is None else self._replicas.fresh(self.x[: self.batch_size].to(self.device))
+
+    def craft(self, attack: Any, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Adversarial examples of these rows, on the CPU."""
+        x, y = self.x[rows].to(self.device), self.y[rows].to(self.device)
+        size = self.batch_size
+        if not can_attack_a_copy(attack, self.model) or self.replica is None:
+            return craft(attack, self.model, x, y, generator=generator, batch_size=size).cpu()
+        return craft_on_copy(self.replica, attack, x, y, generator=generator, batch_size=size).cpu()
+
     def attack(
         self, name: str, attack: Any, eps: float, norm: Norm, bounds: tuple[float, float], seed: int, progress: bool
     ) -> AttackRow:
@@ -185,15 +204,8 @@ class Run:
         bar = tqdm(total=len(left), desc=name, unit="img", disable=not (progress and len(left)), leave=False)
         with bar:
             for rows in torch.split(left, size) if len(left) else ():
-                x, y = self.x[rows], self.y[rows]
-                made = craft(
-                    attack,
-                    self.model,
-                    x.to(self.device),
-                    y.to(self.device),
-                    generator=generator,
-                    batch_size=self.batch_size,
-                ).cpu()
+                x = self.x[rows]
+                made = self.craft(attack, rows, generator)
                 valid = _valid(x, made, eps, norm, bounds)
                 wrong = ~self.right(rows, made)
                 count = valid & wrong

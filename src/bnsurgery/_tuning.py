@@ -17,14 +17,13 @@ from tqdm.auto import tqdm
 
 from bnsurgery._data import check_labels, unpack
 from bnsurgery._modes import Snapshot
+from bnsurgery._replica import Replicas, can_attack_a_copy, channels_last, craft_on_copy
 from bnsurgery.adapters import craft
 from bnsurgery.attacks import Loss
 from bnsurgery.errors import BNSurgeryWarning
 from bnsurgery.layers import device_of, unwrap
 
 Schedule: TypeAlias = Callable[[float], float]
-AttackStep: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Inputs (N, ...) and labels (N,) to adversarial examples of the model as it is now."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,28 @@ SCHEDULES: dict[str, Schedule] = {
 """By name: progress from 0 to 1 to a factor on the learning rate."""
 
 
-def attack_step(attack: Any, model: nn.Module, generator: torch.Generator) -> AttackStep:
-    """The seam behind which adversarial examples are made: of the live model, as the attack itself does it."""
+class AttackStep:
+    """Inputs (N, ...) and labels (N,) to adversarial examples of the live model as it is now."""
 
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        return craft(attack, model, x, y, generator=generator)
+    def __init__(self, attack: Any, model: nn.Module, generator: torch.Generator, replicas: Replicas | None) -> None:
+        """Attacks copies of the model where there are ``replicas`` and the attack can, else the model."""
+        self._attack, self._model, self._generator = attack, model, generator
+        self._replicas = replicas if can_attack_a_copy(attack, model) else None
 
-    return step
+    @property
+    def live(self) -> bool:
+        """Whether the live model itself is run."""
+        return self._replicas is None or self._replicas.none
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        replica = None if self._replicas is None or not len(x) else self._replicas.fresh(x)
+        if replica is None:
+            return craft(self._attack, self._model, x, y, generator=self._generator)
+        return craft_on_copy(replica, self._attack, x, y, generator=self._generator)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class _OneValue(Exception):  # noqa: N818 - not an error: it ends a forward pass
@@ -118,8 +132,12 @@ class Tuning:
         steps_per_epoch: int | None,
         on_step: StepCallback | None,
         progress: bool,
+        images_channels_last: bool,
+        compile: bool,  # noqa: A002 - the public name
     ) -> None:
         self.model, self.root, self.optimizer = model, unwrap(model), optimizer
+        self._run = torch.compile(model) if compile else model
+        self._laid_out = channels_last if images_channels_last else _as_it_is
         self.make, self.clean_fraction, self.loss, self.schedule = make, clean_fraction, loss, schedule
         self.epochs, self.max_steps, self.on_step = epochs, max_steps, on_step
         self.device = device_of(model)
@@ -198,11 +216,13 @@ class Tuning:
         clean = round(self.clean_fraction * len(x))
         whole = False
         try:
-            with self._one_value_ends(1 in (len(x), len(x) - clean)):
-                x = self._mixed(x, y, clean)
+            watched = 1 in (len(x), len(x) - clean)
+            with self._one_value_ends(watched and self.make is not None and self.make.live):
+                x = self._laid_out(self._mixed(x, y, clean))
+            with self._one_value_ends(watched):
                 self.model.train()
                 with torch.set_grad_enabled(self.optimizer is not None):
-                    logits = self.model(x)
+                    logits = self._run(x)
                     check_labels(y, logits)
                     loss = self.loss(logits, y).mean()
             if not self._backward(loss):

@@ -142,6 +142,7 @@ class PGD:
         Raises:
             ValueError: wrong shapes, inputs that are not finite or out of bounds, labels out of range.
         """
+
         def search(pixels: Tensor, labels: Tensor, begin: Tensor) -> Tensor:
             with attacking(model, self.bn):
                 return self.search(model, pixels, labels, begin, x.dtype)

@@ -14,7 +14,9 @@ from bnsurgery._data import Data, batches_of, check_bounds, check_eps
 from bnsurgery._evaluating import AttackRow, InPixels, Run, percent, plan
 from bnsurgery._geometry import Norm, check_norm
 from bnsurgery._modes import global_state
+from bnsurgery._replica import Replicas
 from bnsurgery.attacks import attacking
+from bnsurgery.engine import Engine, EngineLike, chosen_engine
 from bnsurgery.layers import device_of, unwrap
 
 __all__ = ["AttackRow", "Evaluation", "evaluate"]
@@ -87,6 +89,8 @@ def evaluate(
     seed: int = 0,
     keep_adversarial: bool = False,
     progress: bool = True,
+    engine: Engine | EngineLike = "fast",
+    compile: bool = False,  # noqa: A002 - torch's own word
 ) -> Evaluation:
     """Measures clean and robust error of a model in evaluation mode; changes nothing.
 
@@ -109,6 +113,11 @@ def evaluate(
         seed: seeds each attack anew, so that one attack's result does not hang on which ran before it.
         keep_adversarial: return the adversarial examples too.
         progress: show a progress bar on standard error.
+        engine: ``"fast"``: a :class:`PGD` with ``bn="eval"``, a torchattacks or an AutoAttack object attacks a private
+            copy of the model, fused, in the model's own precision; callables attack the model itself. ``"plain"``:
+            everything attacks the model itself. An :class:`Engine` sets the switches. What counts as broken is always
+            found out on the model itself.
+        compile: run the copy through ``torch.compile``: seconds to minutes at the start.
 
     Returns:
         Errors in percent, one row for each attack, and which examples held.
@@ -135,6 +144,7 @@ def evaluate(
     if (mean is None) != (std is None):
         raise ValueError("mean and std go together: give both or neither")
     root = unwrap(model)
+    switches = chosen_engine(engine)
     plans = plan(attacks, eps, norm, bounds, normalised=mean is not None)
     with global_state(device_of(root)):
         x, y = _gather(data, batch_size, max_examples)
@@ -145,12 +155,13 @@ def evaluate(
         x = inside.pixels(x)
     check_bounds(x, bounds)
     x = x.clamp(*bounds)  # rounding: attacks and the check of what they return take the bounds at their word
-    run = Run(root, x, y, batch_size)
-    with attacking(root), torch.autocast(run.device.type, enabled=False):
+    with attacking(root), torch.autocast(device_of(root).type, enabled=False):
+        copies = None if switches is None else Replicas(root, switches, dtype=None, compile=compile)
+        run = Run(root, x, y, batch_size, copies)
         correct = run.clean()
         run.robust = correct.clone()
         rows = []
-        built = [(name, build(root, run.classes, run.device, seed)) for name, build in plans]
+        built = [(name, build(run, seed)) for name, build in plans]
         for name, attack in built:
             rows.append(run.attack(name, attack, eps, norm, bounds, seed, progress))
     kept = None

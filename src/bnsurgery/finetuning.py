@@ -16,9 +16,11 @@ from torch import nn
 from bnsurgery import _checkpoints
 from bnsurgery._data import is_pair
 from bnsurgery._modes import global_state, preserved
-from bnsurgery._tuning import SCHEDULES, Callback, EpochRecord, Schedule, StepCallback, StepRecord, Tuning, attack_step
+from bnsurgery._replica import Replicas
+from bnsurgery._tuning import SCHEDULES, AttackStep, Callback, EpochRecord, Schedule, StepCallback, StepRecord, Tuning
 from bnsurgery.adapters import check_attack, configuration_of
 from bnsurgery.attacks import PGD, Loss, cross_entropy
+from bnsurgery.engine import Engine, EngineLike, Precision, check_precision, chosen_engine, dtype_for
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.freezing import freeze_except_bn
 from bnsurgery.layers import device_of, named_parameters, unwrap
@@ -82,6 +84,9 @@ def adv_finetune(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    engine: Engine | EngineLike = "fast",
+    precision: Precision = "auto",
+    compile: bool = False,  # noqa: A002 - torch's own word
 ) -> Finetuning:
     """Fine-tunes a model on adversarial examples, in place; by default its BN layers alone.
 
@@ -119,6 +124,13 @@ def adv_finetune(
             which a shuffling loader draws.
         checkpoint: a file written after each epoch; where it exists the run goes on from it.
         progress: show a progress bar on standard error.
+        engine: ``"fast"``: a :class:`PGD` with ``bn="eval"``, a torchattacks or an AutoAttack object attacks a private
+            copy of the model, fused, which follows the model step by step; the rest, callables above all, attacks the
+            model itself. ``"plain"``: everything attacks the model itself. An :class:`Engine` sets the switches.
+        precision: what the copy computes in; training keeps the model's own dtype. ``"auto"``: for a PGD on a float32
+            model bfloat16 where the hardware has it fast (on a CPU not with depthwise convolutions, which are slower
+            so), else the model's own. ``"float32"``, ``"bfloat16"``, ``"float16"``: that.
+        compile: run the copy and the training step through ``torch.compile``: seconds to minutes at the start.
 
     Returns:
         The history, and what trained.
@@ -141,6 +153,8 @@ def adv_finetune(
     if attack is not None:
         check_attack(attack)
     factor = _schedule(schedule)
+    switches = chosen_engine(engine)
+    check_precision(precision, switches)
     each_epoch = (callbacks,) if callable(callbacks) else tuple(callbacks)
     root, device = unwrap(model), device_of(model)
     path = None if checkpoint is None else Path(checkpoint)
@@ -155,10 +169,12 @@ def adv_finetune(
         parameters = named_parameters(root)
         _check_ddp(model, asked, parameters)
         chosen = _optimizer(optimizer, [parameters[name] for name in trainable], lr, momentum, weight_decay)
+        dtype = None if switches is None else dtype_for(root, precision, lower=isinstance(attack, PGD))
+        copies = None if switches is None else Replicas(root, switches, dtype=dtype, compile=compile)
         tuning = Tuning(
             model,
             chosen,
-            make=None if attack is None else attack_step(attack, root, generator),
+            make=None if attack is None else AttackStep(attack, root, generator, copies),
             clean_fraction=clean_fraction,
             loss=loss,
             schedule=factor,
@@ -167,6 +183,8 @@ def adv_finetune(
             steps_per_epoch=_length(data),
             on_step=on_step,
             progress=progress,
+            images_channels_last=switches is not None and switches.channels_last,
+            compile=compile,
         )
         configuration = {
             "attack": configuration_of(attack) if attack is not None else "none",
@@ -176,6 +194,7 @@ def adv_finetune(
             "loss": getattr(loss, "__name__", type(loss).__name__),
             "max_steps": max_steps,
             "optimizer": None if chosen is None else type(chosen).__name__,
+            "engine": [repr(switches), str(dtype)],
             "options": [] if chosen is None else [_options(group) for group in chosen.param_groups],
             "schedule": schedule if isinstance(schedule, str) else "function",
             "seed": seed,

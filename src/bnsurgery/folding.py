@@ -148,9 +148,9 @@ def fuse_bn(
     """
     if plan is None:
         plan = plan_fusion(model, example_input, strict=strict)
-    fused = _apply(plan, model)
+    fused = apply_plan(plan, model)
     if example_input is not None:
-        verify(evaluation_copy(model), fused, example_input, lambda wide: _apply(plan, wide))
+        verify(evaluation_copy(model), fused, example_input, lambda wide: apply_plan(plan, wide))
     if plan.skipped and not plan.fused:
         warnings.warn(f"no BN layer was fused: the plan {plan}", BNSurgeryWarning, stacklevel=2)
     fused.fusion_plan = plan  # type: ignore[assignment]  # a plain attribute
@@ -246,7 +246,7 @@ def _normalized(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
         )
         m = (variance + eps).rsqrt() * gamma
         b = beta - m * mean
-        found.update(zip(indices, zip(m.split(sizes), b.split(sizes), strict=True), strict=True))
+        found.update(zip(indices, zip(torch.split(m, sizes), torch.split(b, sizes), strict=True), strict=True))
     return [found[index] for index in range(len(layers))]
 
 
@@ -297,7 +297,7 @@ def _trace(private: nn.Module, example_input: Any) -> Trace:
         raise FusionError(f"{type(private).__name__} {message}") from error
 
 
-def _apply(plan: FusionPlan, model: nn.Module) -> nn.Module:
+def apply_plan(plan: FusionPlan, model: nn.Module) -> nn.Module:
     """A copy of the model, in evaluation mode, fused as planned."""
     layers = dict(named_modules(model))
     for producer, name in plan.fused:
