@@ -37,6 +37,12 @@ class Moments:
         variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         return cls(count, mean.to(wide), variance.to(wide) * count)
 
+    @classmethod
+    def of_sample(cls, count: int, mean: Tensor, variance: Tensor) -> Moments:
+        """From the mean and the unbiased variance (C,) of so many elements, which are copied."""
+        wide = torch.float32 if mean.device.type == "mps" else torch.float64
+        return cls(count, mean.detach().to(wide, copy=True), variance.detach().to(wide) * (count - 1))
+
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of elements together (Chan, Golub and LeVeque, 1979)."""
         count = self.count + other.count

@@ -81,6 +81,7 @@ class Run:
         self.batches = self.left_out = 0
         self._before = Snapshot(buffer for layer in layers.values() for buffer in statistics(layer).values())
         self._seen: Seen | None = None
+        self._done: Seen | None = None
 
     @contextmanager
     def observed(self) -> Iterator[None]:
@@ -89,9 +90,13 @@ class Run:
         def hook(name: str) -> Callable[[nn.Module, Any], None]:
             return lambda _layer, inputs: None if self._seen is None else self._seen(name, inputs[0])
 
+        def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _layer, inputs, _outputs: None if self._done is None else self._done(name, inputs[0])
+
         with ExitStack() as stack:
             for name, layer in self.layers.items():
                 stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
+                stack.callback(layer.register_forward_hook(after(name)).remove)
             # Compiled submodules would run past hooks that they were compiled without.
             if hasattr(torch.compiler, "set_stance"):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -103,30 +108,42 @@ class Run:
             self._before.restore()
             return craft(attack, self.model, x, y, generator=generator)
 
-    def forward(self, batch: Any, seen: Seen) -> None:
-        """One forward pass, in which ``seen`` is told what each layer is given."""
-        self._seen = seen
+    def forward(self, batch: Any, seen: Seen, done: Seen | None = None) -> None:
+        """One forward pass, in which ``seen`` is told what each layer is given, ``done`` when it has run."""
+        self._seen, self._done = seen, done
         try:
             with torch.no_grad():
                 self._forward(self.model, batch)
         finally:
-            self._seen = None
+            self._seen = self._done = None
 
     def pooled(self, source: Iterable[Any]) -> dict[str, Found]:
-        """One pass in which BN normalises by the batch; the buffers are not touched."""
+        """One pass in which BN normalises by the batch; the buffers end as they were."""
         total: dict[str, Moments] = {}
-        for layer in self.layers.values():
+        recording = {name for name, layer in self.layers.items() if _records(layer)}
+        for name, layer in self.layers.items():
             layer.training = True
-            if has_statistics(layer):
+            if name in recording:
+                # Its running statistics become those of each batch, at no cost: it computes them anyway.
+                layer.momentum, layer.track_running_stats = 1.0, True
+                for buffer in _moving(layer):
+                    buffer.zero_()  # NaN would outlast a factor of zero
+            elif has_statistics(layer):
                 layer.track_running_stats = False
         for batch in source:
             own: dict[str, Moments] = {}
 
             def add(name: str, x: Tensor, own: dict[str, Moments] = own) -> None:
                 _more_than_one(x)
-                _merge(own, name, Moments.of(x))
+                if name not in recording or not x.numel():
+                    _merge(own, name, Moments.of(x))
 
-            if self._counts(batch, add):
+            def read(name: str, x: Tensor, own: dict[str, Moments] = own) -> None:
+                if name in recording and x.numel():
+                    mean, variance = _moving(self.layers[name])
+                    _merge(own, name, Moments.of_sample(x.numel() // x.shape[1], mean, variance))
+
+            if self._counts(batch, add, read):
                 for name, moments in own.items():
                     _merge(total, name, moments)
         self.batches = sum_over_ranks(self.batches)
@@ -240,10 +257,10 @@ class Run:
             )
         return value.to(buffer.dtype)
 
-    def _counts(self, batch: Any, seen: Seen) -> bool:
+    def _counts(self, batch: Any, seen: Seen, done: Seen | None = None) -> bool:
         """Runs a batch; False, with one warning a run, where a layer saw one value per channel."""
         try:
-            self.forward(batch, seen)
+            self.forward(batch, seen, done)
         except _OneValue as error:
             if not self.left_out:
                 warnings.warn(f"{error}: that batch is left out", BNSurgeryWarning, stacklevel=4)
@@ -281,6 +298,17 @@ def _tracked(buffers: dict[str, Tensor]) -> Tensor | None:
 def _more_than_one(x: Tensor) -> None:
     if x.numel() == x.shape[1]:
         raise _OneValue(f"a BN layer was given one value per channel, {tuple(x.shape)}, which has no variance")
+
+
+def _records(layer: _BatchNorm) -> bool:
+    """Whether a layer's running statistics can be had to be those of a batch alone, with all digits."""
+    if type(layer).forward is not _BatchNorm.forward or "forward" in vars(layer) or not has_statistics(layer):
+        return False
+    return all(buffers.dtype in (torch.float32, torch.float64) for buffers in _moving(layer))
+
+
+def _moving(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    return cast("Tensor", layer.running_mean), cast("Tensor", layer.running_var)
 
 
 def _merge(total: dict[Any, Moments], key: Any, moments: Moments) -> None:
