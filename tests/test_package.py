@@ -20,6 +20,7 @@ OPTIONAL = ("torchvision", "torchattacks", "pyautoattack", "autoattack", "matplo
 
 ORDER = [
     "errors",
+    "_allocator",
     "_files",
     "layers",
     "_modes",

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._copies import evaluation_copy, verify
 from bnsurgery._data import check_labels
+from bnsurgery._graphs import Captured
 from bnsurgery._modes import global_state
 from bnsurgery._tracing import PRODUCERS, leaves
 from bnsurgery.adapters import check_attack, craft, is_autoattack, is_torchattacks
@@ -85,7 +86,8 @@ class Replica:
             return False
         with torch.no_grad():
             for (weight, bias), target in zip(fused_parameters(self._pairs), self._targets, strict=True):
-                target.weight.copy_(weight)  # type: ignore[operator]
+                held: Tensor = target.weight  # type: ignore[assignment]
+                held.copy_(weight.to(held.dtype))  # first the cast, then the change of layout: two fast passes
                 target.bias.copy_(bias)  # type: ignore[operator]
             sources = [getattr(module, name) for module, name in self._others]
             if sources:
@@ -103,7 +105,8 @@ class Replica:
         if self.whole or size is None:
             return 1
         if size == "auto":
-            size = max(FEWEST, CACHE // self._largest[tuple(x.shape[1:])])
+            largest = self._largest.get(tuple(x.shape[1:])) or max(self._largest.values())
+            size = max(FEWEST, CACHE // largest)
         return max(math.ceil(len(x) / size), 1)
 
     def laid_out(self, x: Tensor) -> Tensor:
@@ -126,8 +129,6 @@ class Replica:
 
     def _captured(self, attack: PGD, start: Tensor, own: Tensor, labels: Tensor, dtype: torch.dtype) -> Any:
         """The attack's step in a CUDA graph, or None where it cannot be captured."""
-        from bnsurgery._graphs import Captured
-
         if not self.classes:
             with torch.no_grad():
                 self.classes = self.net.part(attack._inputs(own[:1]).to(dtype)).shape[1]

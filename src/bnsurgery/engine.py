@@ -39,19 +39,22 @@ class Engine:
             fits the cache, elsewhere all. ``None``: all. Networks in which examples of a batch touch one another in
             evaluation mode are not cut.
         cuda_graph: on CUDA, capture the step of a :class:`bnsurgery.PGD` in a graph, and replay it.
+        keep_memory: on a CPU with glibc, keep what is freed for the next step, until the call ends; glibc would hand it
+            back to the system and fetch it again, page by page.
 
     Raises:
         ValueError: ``chunk`` is less than 1.
 
     Example:
         >>> Engine(chunk=64)
-        Engine(fuse=True, channels_last=True, chunk=64, cuda_graph=True)
+        Engine(fuse=True, channels_last=True, chunk=64, cuda_graph=True, keep_memory=True)
     """
 
     fuse: bool = True
     channels_last: bool = True
     chunk: int | Literal["auto"] | None = "auto"
     cuda_graph: bool = True
+    keep_memory: bool = True
 
     def __post_init__(self) -> None:
         if not (self.chunk is None or self.chunk == "auto" or (isinstance(self.chunk, int) and self.chunk >= 1)):

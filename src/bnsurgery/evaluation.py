@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnsurgery._allocator import keeping_memory
 from bnsurgery._data import Data, batches_of, check_bounds, check_eps
 from bnsurgery._evaluating import AttackRow, InPixels, Run, percent, plan
 from bnsurgery._geometry import Norm, check_norm
@@ -155,7 +156,8 @@ def evaluate(
         x = inside.pixels(x)
     check_bounds(x, bounds)
     x = x.clamp(*bounds)  # rounding: attacks and the check of what they return take the bounds at their word
-    with attacking(root), torch.autocast(device_of(root).type, enabled=False):
+    kept = keeping_memory(device_of(root), wanted=switches is not None and switches.keep_memory)
+    with attacking(root), torch.autocast(device_of(root).type, enabled=False), kept:
         copies = None if switches is None else Replicas(root, switches, dtype=None, compile=compile)
         run = Run(root, x, y, batch_size, copies)
         correct = run.clean()
@@ -164,9 +166,9 @@ def evaluate(
         built = [(name, build(run, seed)) for name, build in plans]
         for name, attack in built:
             rows.append(run.attack(name, attack, eps, norm, bounds, seed, progress))
-    kept = None
+    made = None
     if keep_adversarial:
-        kept = run.adversarial if inside is None else inside.inputs(run.adversarial)
+        made = run.adversarial if inside is None else inside.inputs(run.adversarial)
     return Evaluation(
         examples=len(y),
         clean_error=percent(~correct),
@@ -177,7 +179,7 @@ def evaluate(
         seed=seed,
         correct=correct,
         robust=run.robust,
-        adversarial=kept,
+        adversarial=made,
     )
 
 

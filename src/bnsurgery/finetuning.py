@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bnsurgery import _checkpoints
+from bnsurgery._allocator import keeping_memory
 from bnsurgery._data import is_pair
 from bnsurgery._modes import global_state, preserved
 from bnsurgery._replica import Replicas
@@ -201,7 +202,7 @@ def adv_finetune(
             "train": train,
             "trainable": [[name, *parameters[name].shape] for name in trainable],
         }
-        with tuning.running():
+        with tuning.running(), keeping_memory(device, wanted=switches is not None and switches.keep_memory):
             if path is not None and path.exists():
                 state = _checkpoints.load(path, configuration)
                 targets = _checkpoints.tensors(root, trainable)

@@ -1,0 +1,114 @@
+"""What reading, re-estimating and following BN costs: fold_bn, the engine's refresh, recalibrate_bn.
+
+    python benchmarks/overheads.py
+
+For ResNet-20 (width 16 and 64) and torchvision's ResNet-152: the time of ``fold_bn`` and of a refresh of the engine's
+copy (float32, and bfloat16 where the hardware has it fast), which runs once in each fine-tuning step, and what
+``recalibrate_bn`` takes over the same forward passes in training mode without it. Rounds of all are interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import torch
+import torchvision
+from environment import environment
+from resnet import resnet20
+from torch import nn
+
+from bnsurgery import Engine, fold_bn, recalibrate_bn
+from bnsurgery._replica import Replicas
+from bnsurgery.engine import dtype_for
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet20-w16": (lambda: resnet20(16), (128, 3, 32, 32)),
+    "resnet20-w64": (lambda: resnet20(64), (128, 3, 32, 32)),
+    "resnet152": (lambda: torchvision.models.resnet152(), (8, 3, 224, 224)),
+}
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - began)
+
+
+def measure(name: str, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Median, least and largest time of each, in milliseconds."""
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    model = build().to(device)
+    batches = [torch.rand(shape, device=device) for _ in range(4)]
+    laid_out = [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
+    copies = {
+        f"refresh, {str(dtype or torch.float32).removeprefix('torch.')}": Replicas(
+            model, Engine(), dtype=dtype, compile=False
+        )
+        for dtype in dict.fromkeys((None, dtype_for(model, "auto", lower=True)))
+    }
+    for copy in copies.values():
+        copy.fresh(batches[0])
+
+    def forward() -> None:
+        model.train()
+        with torch.no_grad():
+            for batch in laid_out:
+                model(batch)
+
+    calls: dict[str, Callable[[], object]] = {"fold_bn": lambda: fold_bn(model)}
+    calls |= {which: lambda copy=copy: copy.fresh(batches[0]) for which, copy in copies.items()}  # type: ignore[misc]
+    calls |= {"forward passes": forward, "recalibrate_bn": lambda: recalibrate_bn(model, laid_out)}
+    times: dict[str, list[float]] = {which: [] for which in calls}
+    for round_ in range(repeats + 1):
+        for which, call in calls.items():
+            took = timed(call, device)
+            if round_:
+                times[which].append(took)
+    ratios = [a / b for a, b in zip(times["recalibrate_bn"], times["forward passes"], strict=True)]
+    found: dict[str, Any] = {
+        which: {"median": statistics.median(own), "min": min(own), "max": max(own)} for which, own in times.items()
+    }
+    found["recalibrate_bn / forward passes"] = {
+        "median": statistics.median(ratios),
+        "min": min(ratios),
+        "max": max(ratios),
+    }
+    return found
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "overheads.json")
+    args = parser.parse_args()
+    record: dict[str, Any] = {"environment": environment(__file__), "milliseconds": {}}
+    for name in args.models:
+        record["milliseconds"][name] = measure(name, args.repeats, torch.device(args.device))
+        print(name)
+        for which, own in record["milliseconds"][name].items():
+            print(f"  {which:34} {own['median']:9.3f}  ({own['min']:.3f} to {own['max']:.3f})", flush=True)
+    args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The result files as Markdown tables, for the documentation.
+
+    python benchmarks/tables.py
+
+Reads the JSON files in ``benchmarks/results`` and writes a table next to each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def made_with(environment: Mapping[str, Any]) -> str:
+    """The line under a table."""
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(environment["versions"].items()))
+    return f"\n`{environment['command']}` on {environment['hardware']}; {versions}.\n"
+
+
+def spread(ratio: Mapping[str, float] | None) -> str:
+    """A ratio with its range over the rounds."""
+    return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+def throughput(record: Mapping[str, Any]) -> str:
+    """Fine-tuning steps of each model, the limit, and AutoAttack."""
+    parts = []
+    for name, measured in record["models"].items():
+        found = measured["summary"]
+        rows = []
+        for contender, row in found["contenders"].items():
+            peak, ratio = row["peak_mebibytes"], row["memory_ratio"]
+            rows.append(
+                [
+                    contender,
+                    f"{row['images_per_second']:.1f}",
+                    spread(row["ratio"]),
+                    f"{row['set_up_seconds_cold']:.1f}",
+                    "" if peak is None else f"{peak:,.0f}",
+                    "" if ratio is None else f"{ratio:.2f}",
+                ]
+            )
+        case = measured["case"]
+        share = f"{found['attack_flop_per_second'] / 1e9:,.0f} of {found['limit_flop_per_second'] / 1e9:,.0f} GFLOP/s"
+        head = ("", "images/s", "ratio to torchattacks", "set-up, s", "peak memory, MiB", "ratio")
+        parts.append(
+            f"**{name}**, batch {case['batch']}, {case['size']} x {case['size']}\n\n{table(head, rows)}\n"
+            f"Against the careful loop ({found['careful']}): {spread(found['ratio_to_careful'])}. The attack alone, in "
+            f"{measured['precision']}: {share}, {100 * found['share_of_limit']:.0f}% of the limit.\n"
+        )
+    rows = [
+        [
+            name,
+            str(own["examples"]),
+            f"{own['seconds']['bnsurgery']:.1f}",
+            f"{own['seconds']['by hand']:.1f}",
+            f"{own['ratio']:.2f}",
+            f"{own['robust']['bnsurgery']}, {own['robust']['by hand']}",
+        ]
+        for name, own in record["autoattack"].items()
+    ]
+    head = ("AutoAttack", "examples", "`evaluate`, s", "by hand, s", "ratio", "robust examples, both")
+    if rows:
+        parts.append(table(head, rows))
+    return "\n".join(parts) + made_with(record["environment"])
+
+
+def overheads(record: Mapping[str, Any]) -> str:
+    """What BN operations cost."""
+    names = list(record["milliseconds"])
+    operations = dict.fromkeys(which for own in record["milliseconds"].values() for which in own)
+    rows = []
+    for which in operations:
+        found = [record["milliseconds"][name].get(which) for name in names]
+        cells = ["" if own is None else f"{own['median']:.2f} ({own['min']:.2f} to {own['max']:.2f})" for own in found]
+        rows.append([which, *cells])
+    return table(["milliseconds", *names], rows) + made_with(record["environment"])
+
+
+def precision(record: Mapping[str, Any]) -> str:
+    """What fine-tuning ends with in both precisions."""
+    rows = [
+        [
+            run["precision"],
+            str(run["seed"]),
+            f"{run['clean_error']:.2f}",
+            f"{run['robust_error']:.2f}",
+            f"{run['seconds']:.0f}",
+        ]
+        for run in sorted(record["runs"], key=lambda run: (run["precision"], run["seed"]))
+    ]
+    text = table(("precision", "seed", "clean error, %", "robust error (PGD-20), %", "seconds"), rows)
+    lines = []
+    for figure, own in record.get("summary", {}).items():
+        mean, error = own["mean"], own["standard_error"]
+        lines.append(
+            [
+                figure.replace("_", " "),
+                *(f"{mean[which]:.2f} ± {error[which]:.2f}" for which in ("auto", "float32")),
+                f"{own['difference']:+.2f}",
+            ]
+        )
+    if lines:
+        text += "\n" + table(("mean ± standard error of the mean", "auto", "float32", "difference"), lines)
+    return text + made_with(record["environment"])
+
+
+TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "throughput": throughput,
+    "overheads": overheads,
+    "precision": precision,
+}
+"""By the name of the result file."""
+
+
+def main() -> int:
+    """The command."""
+    for name, render in TABLES.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            text = render(json.loads(path.read_text(encoding="utf-8")))
+            path.with_suffix(".md").write_text(text, encoding="utf-8")
+            print(f"wrote {name}.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
