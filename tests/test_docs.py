@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,14 @@ def test_the_committed_output_and_record_are_of_the_same_run() -> None:
     assert f"AutoAttack {record['after']['autoattack']['robust_error']:5.1f}%" in output
     assert f"{record['seconds']:.0f} s on {record['hardware']}" in output
     assert (folder / "patch.safetensors").stat().st_size == record["patch_bytes"]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "benchmarks/results").glob("*.md"))])
+def test_the_tables_of_benchmarks_are_those_of_the_result_files(name: str) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        tables = importlib.import_module("tables")
+    finally:
+        sys.path.pop(0)
+    path = ROOT / "benchmarks/results" / f"{name}.json"
+    assert tables.TABLES[name](json.loads(path.read_text("utf-8"))) == path.with_suffix(".md").read_text("utf-8")

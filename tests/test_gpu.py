@@ -6,8 +6,21 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor
 
-from bnsurgery import PGD, adv_finetune, bn_state, evaluate, fold_bn, freeze_except_bn, fuse_bn, recalibrate_bn
+from bnsurgery import (
+    PGD,
+    BNSurgeryWarning,
+    Engine,
+    adv_finetune,
+    bn_state,
+    evaluate,
+    fold_bn,
+    freeze_except_bn,
+    fuse_bn,
+    recalibrate_bn,
+)
+from bnsurgery.attacks import cross_entropy
 from networks import LIGHT, RESNET20, SMALL, Case
 
 pytestmark = pytest.mark.gpu
@@ -81,3 +94,44 @@ def test_autoattack_on_the_device_counts_as_by_hand() -> None:
     made, _ = by_hand.run_standard_evaluation(x.cuda(), y.cuda(), batch_size=250)
     with torch.no_grad():
         assert int(result.robust.sum()) == int((model(made).argmax(1).cpu() == y).sum())
+
+
+@pytest.mark.parametrize("attack", [PGD(0.1, 5, 0.03), PGD(0.1, 5, 0.03, "l2"), PGD(0.1, 5, 0.03, best=True)], ids=repr)
+def test_a_captured_step_makes_the_same_examples_and_follows_the_model(attack: PGD) -> None:
+    ends = []
+    for engine in (Engine(), Engine(cuda_graph=False), "plain"):
+        model = SMALL.build(torch.float64).cuda()
+        data = [(SMALL.example(size, dtype=torch.float64), SMALL.labels(size)) for size in (6, 6, 4)]
+        adv_finetune(model, data, epochs=3, attack=attack, lr=0.1, engine=engine, progress=False)
+        ends.append(model.state_dict())
+    captured, eager, plain = ends
+    for name, value in plain.items():
+        assert torch.allclose(captured[name].double(), value.double(), rtol=1e-6, atol=1e-8), name
+        assert torch.allclose(eager[name].double(), value.double(), rtol=1e-6, atol=1e-8), name
+
+
+def test_a_step_that_cannot_be_captured_runs_without() -> None:
+    def waits(logits: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(logits, y) * (1 if float(logits.sum()) < 1e9 else 2)
+
+    model, attack = SMALL.build().cuda(), PGD(0.1, 3, 0.03, loss=waits)
+    with pytest.warns(BNSurgeryWarning, match="cannot be captured in a CUDA graph"):
+        run = adv_finetune(model, [(SMALL.example(), SMALL.labels())] * 2, epochs=1, attack=attack, progress=False)
+    assert run.steps == 2
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
+def test_low_precision_fine_tunes_on_the_device(precision: str) -> None:
+    model = RESNET20.build().cuda()
+    data = [(RESNET20.example(), RESNET20.labels())] * 3
+    run = adv_finetune(model, data, epochs=2, lr=0.01, precision=precision, progress=False)
+    assert run.skipped == 0
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_evaluation_counts_the_same_examples_as_without_the_engine() -> None:
+    model, pair = RESNET20.build(torch.float64).cuda(), (RESNET20.example(dtype=torch.float64), RESNET20.labels())
+    fast, plain = (
+        evaluate(model, pair, attacks=["pgd-5"], engine=engine, progress=False) for engine in ("fast", "plain")
+    )
+    assert torch.equal(fast.robust, plain.robust)

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -195,7 +195,7 @@ def adv_finetune(
             "loss": getattr(loss, "__name__", type(loss).__name__),
             "max_steps": max_steps,
             "optimizer": None if chosen is None else type(chosen).__name__,
-            "engine": [repr(switches), str(dtype)],
+            "engine": [repr(switches and replace(switches, keep_memory=True)), str(dtype)],  # what may round otherwise
             "options": [] if chosen is None else [_options(group) for group in chosen.param_groups],
             "schedule": schedule if isinstance(schedule, str) else "function",
             "seed": seed,
