@@ -20,6 +20,7 @@ from bnsurgery import (
     fuse_bn,
     recalibrate_bn,
 )
+from bnsurgery._replica import Replicas, craft_on_copy
 from bnsurgery.attacks import cross_entropy
 from networks import LIGHT, RESNET20, SMALL, Case
 
@@ -135,3 +136,46 @@ def test_evaluation_counts_the_same_examples_as_without_the_engine() -> None:
         evaluate(model, pair, attacks=["pgd-5"], engine=engine, progress=False) for engine in ("fast", "plain")
     )
     assert torch.equal(fast.robust, plain.robust)
+
+
+@pytest.mark.parametrize("attack", [PGD(0.1, 4, 0.03), PGD(0.1, 4, 0.03, "l2"), PGD(0.1, 4, 0.03, best=True)], ids=repr)
+def test_a_step_is_captured_once_and_replayed_with_the_models_new_values(attack: PGD) -> None:
+    model = SMALL.build(torch.float64).cuda().eval()
+    x, y = SMALL.example(dtype=torch.float64).cuda(), SMALL.labels().cuda()
+    replicas = Replicas(model, Engine(), dtype=None, compile=False)
+    graphs: list[object] = []
+    for _ in range(3):
+        replica = replicas.fresh(x)
+        assert replica is not None
+        made = craft_on_copy(replica, attack, x, y, generator=torch.Generator().manual_seed(3))
+        plain = attack(model, x, y, generator=torch.Generator().manual_seed(3))
+        assert torch.allclose(made, plain, rtol=0, atol=1e-9)
+        graphs += replica._graphs.values()
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.mul_(1.2)
+    assert None not in graphs
+    assert len({id(graph) for graph in graphs}) == 1
+
+
+def test_a_captured_step_follows_tensors_that_are_plain_attributes() -> None:
+    class Centred(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.mean = SMALL.build(torch.float64), torch.full((3, 1, 1), 0.5, device="cuda")
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.inner((x - self.mean) ** 2)
+            return logits
+
+    model, attack = Centred().cuda().eval(), PGD(0.1, 4, 0.03)
+    x, y = SMALL.example(dtype=torch.float64).cuda(), SMALL.labels().cuda()
+    replicas = Replicas(model, Engine(), dtype=None, compile=False)
+    for mean in (0.5, 0.1, 0.9):
+        model.mean.fill_(mean)
+        replica = replicas.fresh(x)
+        assert replica is not None
+        made = craft_on_copy(replica, attack, x, y, generator=torch.Generator().manual_seed(3))
+        plain = attack(model, x, y, generator=torch.Generator().manual_seed(3))
+        assert torch.allclose(made, plain, rtol=0, atol=1e-9)

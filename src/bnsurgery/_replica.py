@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -92,6 +92,10 @@ class Replica:
             sources = [getattr(module, name) for module, name in self._others]
             if sources:
                 torch._foreach_copy_(self._others_copies, [source.detach() for source in sources])
+            for module, own, name in self._attributes:
+                value = vars(module).get(name)
+                if isinstance(value, Tensor):
+                    vars(own)[name] = value.detach().to(vars(own)[name].dtype, copy=True)
         return True
 
     def measure(self, example: Tensor) -> None:
@@ -111,7 +115,7 @@ class Replica:
 
     def laid_out(self, x: Tensor) -> Tensor:
         """Inputs in the memory format of the copy."""
-        return channels_last(x) if self.engine.channels_last else x
+        return channels_last(x) if self._images_channels_last else x
 
     def search(self, attack: PGD, pixels: Tensor, y: Tensor, begin: Tensor, dtype: torch.dtype) -> Tensor:
         """The loop of a PGD on the copy, part by part."""
@@ -165,8 +169,11 @@ class Replica:
 
     def _lowered(self, example: Tensor) -> nn.Module:
         """The copy, laid out and in the dtype asked for, in the first way in which it runs."""
+        self._images_channels_last = False
         if self.engine.channels_last and example.dim() == 4:
-            self._copy.to(memory_format=torch.channels_last)
+            laid_out = evaluation_copy(self._copy).to(memory_format=torch.channels_last)
+            if runs_channels_last(laid_out, example, modes=(False,)):
+                self._copy, self._images_channels_last = laid_out, True
         if self.dtype is None:
             return self._copy
         error: Exception | None = None
@@ -191,6 +198,7 @@ class Replica:
         self._targets = [copies[producer] for producer, _ in self.plan.fused]
         self._others: list[tuple[nn.Module, str]] = []
         self._others_copies: list[Tensor] = []
+        self._attributes: list[tuple[nn.Module, nn.Module, str]] = []
         for name, module in live.items():
             if name in gone or name not in copies:
                 continue
@@ -198,8 +206,15 @@ class Replica:
             for key in _tensors(module):
                 target = held.get(key)
                 if target is not None and not (name in fused and key in ("weight", "bias")):
+                    if key in vars(module):
+                        self._attributes.append((module, copies[name], key))
+                        continue
                     self._others.append((module, key))
                     self._others_copies.append(target.detach())
+
+
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""By what logits differ, relative to the largest, where a batch is cut."""
 
 
 class _Net(nn.Module):
@@ -255,28 +270,80 @@ def _example(model: nn.Module, x: Tensor) -> Tensor | None:
     return None
 
 
+def runs_channels_last(model: nn.Module, x: Tensor, *, modes: Sequence[bool]) -> bool:
+    """Whether a model, of which a copy is tried out, takes images like x with the channels innermost in memory.
+
+    A ``view`` over channels and positions does not, for one.
+    """
+    if x.dim() != 4:
+        return False
+    with suppress(Exception), torch.no_grad(), global_state(device_of(model), seed=0):
+        for mode in modes:
+            copy = evaluation_copy(model)
+            for module in copy.modules():
+                module.training = mode
+                module._forward_hooks.clear()  # they may write down what they see
+                module._forward_pre_hooks.clear()
+            copy(channels_last(x.detach().clone()))
+        return True
+    return False
+
+
 def channels_last(x: Tensor) -> Tensor:
     """Images (N, C, H, W) with the channels innermost in memory; anything else as it is."""
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def signature(model: nn.Module) -> list[Any]:
-    """What a copy rests on besides values: modules, their classes, hooks, plain attributes, and shapes of tensors."""
+    """What a copy rests on besides values: modules, their classes, hooks, attributes, and shapes of tensors."""
     parts: list[Any] = []
     for module in model.modules():
-        own = vars(module)
-        parts.append((module, type(module), own.get("forward")))
-        parts += [tuple(own[hooks]) for hooks in ("_forward_hooks", "_forward_pre_hooks") if own[hooks]]
-        parts += [item for item in own.items() if item[0] != "training" and _is_plain(item[1])]
-        parts += [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in _tensors(module).items()]
+        parts.append(_Same(module))
+        parts.append(type(module))
+        skipped = _SKIPPED | {"momentum"} if isinstance(module, _BatchNorm) else _SKIPPED
+        for name, value in vars(module).items():
+            if name not in skipped and not isinstance(value, Tensor) and (value or type(value) in _PLAIN):
+                parts.append((name, _account(value)))
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    parts.append((name, tensor.shape, tensor.dtype, tensor.device))
     return parts
 
 
 _PLAIN = frozenset((bool, int, float, str, type(None)))
+_SKIPPED = frozenset(("_parameters", "_buffers", "_modules", "training", "track_running_stats"))
 
 
 def _is_plain(value: object) -> bool:
     return type(value) in _PLAIN or (type(value) is tuple and all(type(part) in _PLAIN for part in value))
+
+
+class _Same:
+    """An object, equal to itself alone."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.held is other.held
+
+    __hash__ = object.__hash__
+
+
+def _account(value: object) -> Any:
+    """A value that is equal to another account only where nothing has changed."""
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, (list, tuple)):
+        return [type(value), *map(_account, value)]
+    if isinstance(value, Mapping):
+        return [type(value), *((key, _account(item)) for key, item in value.items())]
+    if isinstance(value, Tensor):
+        return _Same(value), value._version
+    return _Same(value)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -341,7 +408,7 @@ def _touch(model: nn.Module, copy: nn.Module, example: Tensor, engine: Engine) -
     if whole.shape != parts.shape:
         return True
     scale = float(whole.abs().amax()) or 1.0
-    return not float((whole - parts).abs().amax()) <= 1e-2 * scale
+    return not float((whole - parts).abs().amax()) <= _ROUNDING.get(whole.dtype, 1e-2) * scale
 
 
 def _largest_activation(copy: nn.Module, example: Tensor) -> int:
@@ -381,7 +448,7 @@ class Replicas:
 
     def fresh(self, x: Tensor) -> Replica | None:
         """A copy for inputs like x (N, ...), with the live model's values; None, said once, where there can be none."""
-        if self.none:
+        if self.none or torch.is_inference_mode_enabled():
             return None
         key = tuple(x.shape[1:]), x.dtype
         replica = self._by_shape.get(key)

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from bnsurgery._data import check_labels, unpack
 from bnsurgery._modes import Snapshot
-from bnsurgery._replica import Replicas, can_attack_a_copy, channels_last, craft_on_copy
+from bnsurgery._replica import Replicas, can_attack_a_copy, channels_last, craft_on_copy, runs_channels_last
 from bnsurgery.adapters import craft
-from bnsurgery.attacks import Loss
+from bnsurgery.attacks import PGD, Loss, attacking, cross_entropy
 from bnsurgery.errors import BNSurgeryWarning
 from bnsurgery.layers import device_of, unwrap
 
@@ -104,11 +104,10 @@ class AttackStep:
         replica = None if self._replicas is None or not len(x) else self._replicas.fresh(x)
         if replica is None:
             return craft(self._attack, self._model, x, y, generator=self._generator)
-        return craft_on_copy(replica, self._attack, x, y, generator=self._generator)
-
-
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
+        # A loss of the user's own may call the live model, for its clean logits say.
+        calls = isinstance(self._attack, PGD) and self._attack.loss is not cross_entropy
+        with attacking(self._model) if calls else nullcontext():
+            return craft_on_copy(replica, self._attack, x, y, generator=self._generator)
 
 
 class _OneValue(Exception):  # noqa: N818 - not an error: it ends a forward pass
@@ -137,7 +136,8 @@ class Tuning:
     ) -> None:
         self.model, self.root, self.optimizer = model, unwrap(model), optimizer
         self._run = torch.compile(model) if compile else model
-        self._laid_out = channels_last if images_channels_last else _as_it_is
+        self._images_channels_last = images_channels_last
+        self._layouts: dict[torch.Size, bool] = {}
         self.make, self.clean_fraction, self.loss, self.schedule = make, clean_fraction, loss, schedule
         self.epochs, self.max_steps, self.on_step = epochs, max_steps, on_step
         self.device = device_of(model)
@@ -239,6 +239,14 @@ class Tuning:
                 self.optimizer.zero_grad(set_to_none=True)
         error_rate = 100 * float((logits.detach().argmax(1) != y).double().mean())
         return StepRecord(self.epoch, self.step, float(loss.detach()), error_rate, self._lr(), len(x))
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """Images in the memory format that is fastest, where the model takes it."""
+        if not self._images_channels_last or x.dim() != 4:
+            return x
+        if x.shape[1:] not in self._layouts:
+            self._layouts[x.shape[1:]] = runs_channels_last(self.root, x[:2], modes=(False, True))
+        return channels_last(x) if self._layouts[x.shape[1:]] else x.contiguous()
 
     def _mixed(self, x: Tensor, y: Tensor, clean: int) -> Tensor:
         """The batch to train on: its first part clean, the rest adversarial."""

@@ -226,9 +226,8 @@ class PGD:
         current = current.detach().requires_grad_()
         with torch.enable_grad():
             losses = self.losses(model, current, y, dtype, check=check)
-            # Steps go by a gradient's direction alone; float16 would lose the small ones.
-            total = losses.sum() * (2.0**10 if dtype == torch.float16 else 1.0)
-            (gradient,) = torch.autograd.grad(total, current)
+            # Steps go by a gradient's direction alone; where float16 is inside, the small ones would be lost.
+            (gradient,) = torch.autograd.grad(2.0**10 * losses.sum(), current)
         current = current.detach()
         return losses.detach(), self._within(current + self.step_size * GEOMETRIES[self.norm].step(gradient), pixels)
 
