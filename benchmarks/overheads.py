@@ -100,6 +100,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "overheads.json")
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"environment": environment(__file__), "milliseconds": {}}
     for name in args.models:
         record["milliseconds"][name] = measure(name, args.repeats, torch.device(args.device))

@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "precision")
     args = parser.parse_args()
     args.checkpoints.mkdir(parents=True, exist_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     train = full(args.data, train=True)
     images, labels = full(args.data, train=False)
     settings = {"epochs": args.epochs, "steps": args.steps, "examples": args.examples}

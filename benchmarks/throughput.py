@@ -61,6 +61,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bnsurgery import PGD, Engine, adv_finetune, evaluate
+from bnsurgery._allocator import keeping_memory
 from bnsurgery._replica import Replicas, craft_on_copy
 from bnsurgery.engine import dtype_for
 
@@ -251,10 +252,11 @@ def attacks_alone(model: nn.Module, case: Case, batch: Batch, *, with_peer: bool
     pgd = PGD(EPS, case.attack_steps, STEP)
 
     def ours() -> Tensor:
-        replica = replicas.fresh(x)
-        if replica is None:
-            raise RuntimeError("the engine could not copy this model")
-        return craft_on_copy(replica, pgd, x, y, generator=generator)
+        with keeping_memory(x.device):  # as a fine-tuning run does
+            replica = replicas.fresh(x)
+            if replica is None:
+                raise RuntimeError("the engine could not copy this model")
+            return craft_on_copy(replica, pgd, x, y, generator=generator)
 
     attacks: dict[str, Callable[[], Tensor]] = {OURS: ours}
     if with_peer:
