@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -94,8 +96,11 @@ class Replica:
                 torch._foreach_copy_(self._others_copies, [source.detach() for source in sources])
             for module, own, name in self._attributes:
                 value = vars(module).get(name)
-                if isinstance(value, Tensor):
-                    vars(own)[name] = value.detach().to(vars(own)[name].dtype, copy=True)
+                held = vars(own)[name]
+                if isinstance(value, Tensor) and value.shape == held.shape:
+                    held.detach().copy_(value)
+                elif isinstance(value, Tensor):
+                    vars(own)[name] = value.detach().to(held.dtype, copy=True)
         return True
 
     def measure(self, example: Tensor) -> None:
@@ -302,8 +307,9 @@ def signature(model: nn.Module) -> list[Any]:
         parts.append(type(module))
         skipped = _SKIPPED | {"momentum"} if isinstance(module, _BatchNorm) else _SKIPPED
         for name, value in vars(module).items():
-            if name not in skipped and not isinstance(value, Tensor) and (value or type(value) in _PLAIN):
-                parts.append((name, _account(value)))
+            if name in skipped or isinstance(value, Tensor) or (isinstance(value, (dict, list)) and not value):
+                continue
+            parts.append((name, _account(value)))
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
@@ -343,6 +349,13 @@ def _account(value: object) -> Any:
         return [type(value), *((key, _account(item)) for key, item in value.items())]
     if isinstance(value, Tensor):
         return _Same(value), value._version
+    if isinstance(value, np.ndarray):
+        return value.shape, value.dtype.str, value.tobytes()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [
+            _Same(value),
+            *((field.name, _account(getattr(value, field.name))) for field in dataclasses.fields(value)),
+        ]
     return _Same(value)
 
 
