@@ -14,7 +14,6 @@ import json
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ def run(precision: str, seed: int, args: argparse.Namespace, train: Any, test: A
     """One fine-tuning and what it ends with."""
     model = resnet20(16)
     model.load_state_dict(load_file(ROOT / "examples" / "data" / "resnet20-w16.safetensors"))
-    began = time.perf_counter()
     result = adv_finetune(
         model,
         Batches(*train, batch_size=128, augment=True, drop_last=True),
@@ -57,7 +55,6 @@ def run(precision: str, seed: int, args: argparse.Namespace, train: Any, test: A
         "clean_error": clean.clean_error,
         "robust_error": robust.robust_error,
         "training_loss": result.history[-1].loss,
-        "seconds": round(time.perf_counter() - began, 1),
     }
 
 

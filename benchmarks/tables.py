@@ -96,11 +96,10 @@ def precision(record: Mapping[str, Any]) -> str:
             str(run["seed"]),
             f"{run['clean_error']:.2f}",
             f"{run['robust_error']:.2f}",
-            f"{run['seconds']:.0f}",
         ]
         for run in sorted(record["runs"], key=lambda run: (run["precision"], run["seed"]))
     ]
-    text = table(("precision", "seed", "clean error, %", "robust error (PGD-20), %", "seconds"), rows)
+    text = table(("precision", "seed", "clean error, %", "robust error (PGD-20), %"), rows)
     lines = []
     for figure, own in record.get("summary", {}).items():
         mean, error = own["mean"], own["standard_error"]
