@@ -28,7 +28,7 @@ from resnet import resnet20
 from torch import nn
 
 from bnsurgery import Engine, fold_bn, recalibrate_bn
-from bnsurgery._replica import Replicas
+from bnsurgery._replicas import Replicas
 from bnsurgery.engine import dtype_for
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

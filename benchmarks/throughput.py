@@ -62,7 +62,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bnsurgery import PGD, Engine, adv_finetune, evaluate
 from bnsurgery._allocator import keeping_memory
-from bnsurgery._replica import Replicas, craft_on_copy
+from bnsurgery._replicas import Replicas, craft_on_copy
 from bnsurgery.engine import dtype_for
 
 CASES = {

@@ -20,7 +20,7 @@ from bnsurgery import (
     fuse_bn,
     recalibrate_bn,
 )
-from bnsurgery._replica import Replicas, craft_on_copy
+from bnsurgery._replicas import Replicas, craft_on_copy
 from bnsurgery.attacks import cross_entropy
 from networks import LIGHT, RESNET20, SMALL, Case
 

@@ -8,155 +8,39 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchattacks
 from cifar10 import floats, sample
-from resnet import resnet20
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import bnsurgery._evaluating
 import bnsurgery._replica
 import bnsurgery.engine
 from bnsurgery import PGD, BNSurgeryWarning, Engine, adv_finetune, evaluate, fuse_bn
-from bnsurgery._replica import Replicas, can_attack_a_copy, craft_on_copy
+from bnsurgery._replicas import Replicas, can_attack_a_copy, craft_on_copy
 from bnsurgery.engine import dtype_for
-from networks import LIGHT, SHARED, SMALL, Case, shake
+from networks import LIGHT, SHARED, SMALL, Case
+from odd_networks import KINDS, Build, BySize, Data, Net, OneSize, Touching, batches, trained, wide
 from test_attacks import World
-from test_examples import EXAMPLES
 
 PLAIN = PGD(8 / 255, 3, 4 / 255)
-Build = Callable[[], nn.Module]
 
 
-def trained() -> nn.Module:
-    model = resnet20(16)
-    model.load_state_dict(load_file(EXAMPLES / "data" / "resnet20-w16.safetensors"))
-    return model
-
-
-def finetuned(build: Build, data: list[tuple[Tensor, Tensor]], **options: object) -> dict[str, Tensor]:
+def finetuned(build: Build, data: Data, **options: object) -> dict[str, Tensor]:
     model = build()
     adv_finetune(model, data, **{"epochs": 2, "attack": PLAIN, "lr": 0.1, "progress": False, **options})
     return model.state_dict()
 
 
-def assert_equal_runs(build: Build, data: list[tuple[Tensor, Tensor]], **options: object) -> None:
+def assert_equal_runs(build: Build, data: Data, *, engine: object = "fast", **options: object) -> None:
     """In float64 rounding turns no sign: the two runs end alike."""
-    plain, fast = (finetuned(build, data, engine=engine, **options) for engine in ("plain", "fast"))
+    plain, fast = (finetuned(build, data, engine=which, **options) for which in ("plain", engine))
     for name, tensor in plain.items():
         assert torch.allclose(tensor.double(), fast[name].double(), rtol=1e-7, atol=1e-9), name
 
 
-def data(*sizes: int, shape: tuple[int, ...] = (3, 8, 8), classes: int = 4) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        (
-            torch.rand(size, *shape, generator=generator, dtype=torch.float64),
-            torch.randint(classes, (size,), generator=generator),
-        )
-        for size in sizes
-    ]
-
-
-def wide(make: Build) -> Build:
-    def build() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            return shake(make()).double()
-
-    return build
-
-
-class Net(nn.Module):
-    """conv-BN-ReLU with a branch around, for inputs of any even size; attributes that tests change."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
-        self.head = nn.Linear(6, 4)
-        self.slope = 0.1
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.leaky_relu(self.bn1(self.conv1(x)), self.slope)
-        x = F.relu(self.bn2(self.conv2(x)) + x)
-        logits: Tensor = self.head(x.mean((2, 3)))
-        return logits
-
-
-class Concatenated(Net):
-    """Its second BN layer has no convolution to go into."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn2 = nn.BatchNorm2d(12)
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(torch.cat([x, self.conv2(x)], 1)))
-        logits: Tensor = self.head(x.mean((2, 3)))
-        return logits
-
-
-class Touching(Net):
-    """Examples of a batch touch one another."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x - 0.5 * x.mean(0, keepdim=True))
-
-
-class OneSize(Net):
-    """Takes batches of six alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.view(6, 3, 8, 8))
-
-
-class Functional(Net):
-    """Uses a weight without its module, which a copy rounded module by module cannot do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(F.conv2d(x, self.conv1.weight, self.conv1.bias, padding=1)))
-        logits: Tensor = F.linear(x.mean((2, 3)), self.head.weight.to(x.dtype), self.head.bias.to(x.dtype))
-        return logits
-
-
-def without_statistics() -> nn.Module:
-    model = Net()
-    model.bn2 = nn.BatchNorm2d(6, track_running_stats=False)
-    return model
-
-
-def with_hooks() -> nn.Module:
-    model = Net()
-    model.bn1.register_forward_hook(lambda _module, _inputs, output: 1.5 * output)
-    model.conv2.register_forward_pre_hook(lambda _module, inputs: (inputs[0] + 0.1,))
-    return model
-
-
-def group_norm() -> nn.Module:
-    model = Net()
-    model.bn1 = nn.GroupNorm(2, 6)  # type: ignore[assignment]
-    return model
-
-
-MODELS: dict[str, Build] = {
-    "net": Net,
-    "concatenated": Concatenated,
-    "touching": Touching,
-    "one size": OneSize,
-    "functional": Functional,
-    "without statistics": without_statistics,
-    "hooks": with_hooks,
-    "group norm": group_norm,
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_run_ends_as_without_the_engine(name: str) -> None:
-    assert_equal_runs(wide(MODELS[name]), data(6, 6, 6))
+    assert_equal_runs(wide(KINDS[name]), batches(6, 6, 6))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +56,7 @@ def test_a_run_ends_as_without_the_engine(name: str) -> None:
     ids=repr,
 )
 def test_each_switch_by_itself_changes_nothing(engine: Engine) -> None:
-    plain, switched = (finetuned(wide(Net), data(6, 6, 6), engine=which) for which in ("plain", engine))
+    plain, switched = (finetuned(wide(Net), batches(6, 6, 6), engine=which) for which in ("plain", engine))
     for name, tensor in plain.items():
         assert torch.allclose(tensor.double(), switched[name].double(), rtol=1e-7, atol=1e-9), name
 
@@ -191,17 +75,17 @@ def test_each_switch_by_itself_changes_nothing(engine: Engine) -> None:
     ids=repr,
 )
 def test_options_of_the_attack_are_kept(attack: PGD) -> None:
-    assert_equal_runs(wide(Net), data(6, 6), attack=attack)
+    assert_equal_runs(wide(Net), batches(6, 6), attack=attack)
 
 
 @pytest.mark.parametrize("train", ["bn", "bn-params", "bn-stats", "all"])
 def test_whatever_trains(train: str) -> None:
-    assert_equal_runs(wide(Net), data(6, 6, 6), train=train)
+    assert_equal_runs(wide(Net), batches(6, 6, 6), train=train)
 
 
 def test_batches_of_changing_sizes_and_shapes() -> None:
-    batches = [*data(6, 5), *data(4, shape=(3, 17, 23)), *data(6, 1), *data(3, shape=(3, 5, 4)), *data(6)]
-    assert_equal_runs(wide(Net), batches)
+    mixed = [*batches(6, 5), *batches(4, shape=(3, 17, 23)), *batches(6, 1), *batches(3, shape=(3, 5, 4)), *batches(6)]
+    assert_equal_runs(wide(Net), mixed)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +104,7 @@ def test_batches_of_changing_sizes_and_shapes() -> None:
     ids=["linear", "1d", "3d"],
 )
 def test_inputs_that_are_no_images(make: Build, shape: tuple[int, ...]) -> None:
-    assert_equal_runs(wide(make), data(6, 4, shape=shape))
+    assert_equal_runs(wide(make), batches(6, 4, shape=shape))
 
 
 @pytest.mark.parametrize("case", [*LIGHT, SHARED], ids=repr)
@@ -272,7 +156,7 @@ def test_in_float32_one_step_differs_by_rounding_alone() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.parametrize("make", [trained, lambda: MODELS["functional"]()], ids=["resnet20", "functional"])
+@pytest.mark.parametrize("make", [trained, KINDS["functional"]], ids=["resnet20", "functional"])
 def test_low_precision_goes_mostly_the_same_way(make: Build, precision: str) -> None:
     model = make()
     images, labels = sample(train=False)
@@ -344,9 +228,10 @@ def test_what_a_callback_changes_is_attacked(change: Callable[[nn.Module], None]
         return callback
 
     plain, fast = (
-        finetuned(wide(Net), data(6, 6), engine=engine, also="head.*", **{when: once()}) for engine in ("plain", "fast")
+        finetuned(wide(Net), batches(6, 6), engine=engine, also="head.*", **{when: once()})
+        for engine in ("plain", "fast")
     )
-    untouched = finetuned(wide(Net), data(6, 6), engine="plain", also="head.*")
+    untouched = finetuned(wide(Net), batches(6, 6), engine="plain", also="head.*")
     assert any(not torch.equal(tensor, plain[name]) for name, tensor in untouched.items() if name in plain)
     for name, tensor in plain.items():
         assert torch.allclose(tensor.double(), fast[name].double(), rtol=1e-7, atol=1e-9), name
@@ -360,7 +245,7 @@ def test_a_callback_may_change_the_attack() -> None:
         def callback(_record: object, _model: nn.Module, attack: PGD = attack) -> None:
             attack.eps = 0.2
 
-        ends.append(finetuned(wide(Net), data(6, 6), engine=engine, attack=attack, callbacks=callback))
+        ends.append(finetuned(wide(Net), batches(6, 6), engine=engine, attack=attack, callbacks=callback))
     assert all(
         torch.allclose(a.double(), b.double(), rtol=1e-7) for a, b in zip(*(e.values() for e in ends), strict=True)
     )
@@ -376,9 +261,9 @@ def test_a_model_that_changes_with_each_step_is_attacked_itself() -> None:
             return super().forward(x)
 
     with pytest.warns(BNSurgeryWarning, match="attacks run on the live model.*change with each batch") as caught:
-        fast = finetuned(wide(Counting), data(*[4] * 6))
+        fast = finetuned(wide(Counting), batches(*[4] * 6))
     assert len(caught) == 1
-    plain = finetuned(wide(Counting), data(*[4] * 6), engine="plain")
+    plain = finetuned(wide(Counting), batches(*[4] * 6), engine="plain")
     assert all(torch.allclose(plain[name].double(), fast[name].double(), rtol=1e-7) for name in plain)
 
 
@@ -388,9 +273,9 @@ def test_a_model_that_cannot_be_copied_is_attacked_itself() -> None:
             raise TypeError("there can be only one")
 
     with pytest.warns(BNSurgeryWarning, match="attacks run on the live model.*only one") as caught:
-        fast = finetuned(wide(Unique), data(6, 6))
+        fast = finetuned(wide(Unique), batches(6, 6))
     assert len(caught) == 1
-    plain = finetuned(wide(Unique), data(6, 6), engine="plain")
+    plain = finetuned(wide(Unique), batches(6, 6), engine="plain")
     assert all(torch.allclose(plain[name].double(), fast[name].double(), rtol=1e-9) for name in plain)
 
 
@@ -422,9 +307,9 @@ def test_callables_are_given_the_model_itself() -> None:
         given.append(seen)
         return x
 
-    batches = [(x.float(), y) for x, y in data(6)]
-    adv_finetune(model, batches, epochs=1, attack=attack, progress=False)
-    evaluate(model, batches, attacks=[attack], progress=False)
+    data = [(x.float(), y) for x, y in batches(6)]
+    adv_finetune(model, data, epochs=1, attack=attack, progress=False)
+    evaluate(model, data, attacks=[attack], progress=False)
     assert given
     assert all(seen is model for seen in given)
 
@@ -437,7 +322,7 @@ def test_torchattacks_make_the_same_examples() -> None:
         ends = []
         for engine in ("plain", "fast"):
             model = wide(Net)()
-            adv_finetune(model, data(6, 6), epochs=1, attack=attacked(around(model)), progress=False, engine=engine)
+            adv_finetune(model, batches(6, 6), epochs=1, attack=attacked(around(model)), progress=False, engine=engine)
             ends.append(model.state_dict())
         assert all(torch.allclose(ends[0][n].double(), ends[1][n].double(), rtol=1e-7, atol=1e-9) for n in ends[0])
 
@@ -467,7 +352,7 @@ def test_no_recompilation_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> 
     model = wide(Net)()
     adv_finetune(
         model,
-        data(*[6] * 5),
+        batches(*[6] * 5),
         epochs=2,
         attack=PLAIN,
         progress=False,
@@ -478,7 +363,7 @@ def test_no_recompilation_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> 
     assert counts[0] >= 2  # the copy and the training step
     assert set(counts[1:]) == {counts[1]}
     assert counts[1] - counts[0] <= 1
-    plain = finetuned(wide(Net), data(*[6] * 5), engine="plain", lr=0.05)
+    plain = finetuned(wide(Net), batches(*[6] * 5), engine="plain", lr=0.05)
     assert all(
         torch.allclose(plain[n].double(), t.double(), rtol=1e-7, atol=1e-9) for n, t in model.state_dict().items()
     )
@@ -497,7 +382,7 @@ def test_the_training_step_keeps_nothing_for_frozen_convolutions() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        adv_finetune(model, data(6), epochs=1, attack=None, train="bn", progress=False)
+        adv_finetune(model, batches(6), epochs=1, attack=None, train="bn", progress=False)
     assert kept
     assert seen["images"] not in pointers  # needed by the first convolution's weight alone
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -513,10 +398,10 @@ def test_the_training_step_keeps_nothing_for_frozen_convolutions() -> None:
 )
 def test_unknown_switches_are_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        adv_finetune(Net(), data(6), epochs=1, progress=False, **options)  # type: ignore[arg-type]
+        adv_finetune(Net(), batches(6), epochs=1, progress=False, **options)  # type: ignore[arg-type]
     if "precision" not in options:
         with pytest.raises(ValueError, match=message):
-            evaluate(Net(), data(6)[0], attacks=["pgd-2"], progress=False, **options)  # type: ignore[arg-type]
+            evaluate(Net(), batches(6)[0], attacks=["pgd-2"], progress=False, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chunk", [0, -1, 1.5, "all"])
@@ -526,13 +411,55 @@ def test_a_chunk_holds_at_least_one_example(chunk: object) -> None:
 
 
 def test_a_batch_is_cut_where_its_examples_do_not_touch() -> None:
-    x = data(12)[0][0]
-    for make, parts in ((Net, 4), (Touching, 1), (without_statistics, 1), (OneSize, 1)):
+    x = batches(12)[0][0]
+    for make, parts in ((Net, 4), (Touching, 1), (KINDS["BN without statistics"], 1), (OneSize, 1)):
         replica = Replicas(wide(make)(), Engine(chunk=3), dtype=None, compile=False).fresh(
             x[:6] if make is OneSize else x
         )
         assert replica is not None
         assert replica.chunks(x) == parts, make
+
+
+def test_a_batch_of_one_does_not_settle_that_larger_ones_stay_whole() -> None:
+    copies = Replicas(wide(Net)(), Engine(chunk=3), dtype=None, compile=False)
+    ((one, _), (twelve, _)) = batches(1, 12)
+    first, second = copies.fresh(one), copies.fresh(twelve)
+    assert first is second
+    assert second is not None
+    assert second.chunks(twelve) == 4
+
+
+@pytest.mark.parametrize("chunk", ["auto", 2, 3, None])
+def test_a_path_that_hangs_on_the_number_of_examples_is_taken(chunk: int | None) -> None:
+    # Below 4 examples BySize goes another way: parts of 2 would, of a batch of 7, and a plan made on two examples.
+    assert_equal_runs(wide(BySize), batches(7, 2, 7), engine=Engine(chunk=chunk))
+
+
+def test_copies_are_shared_by_batches_of_all_sizes() -> None:
+    copies = Replicas(wide(Net)(), Engine(), dtype=None, compile=False)
+    found = [copies.fresh(x) for x, _ in batches(6, 1, 4, 6)]
+    assert all(replica is found[0] for replica in found)
+
+
+def hook_with_a_view() -> nn.Module:
+    model = Net()
+    model.bn2.register_forward_hook(lambda _module, _inputs, output: output.view(len(output), -1).view_as(output))
+    return model
+
+
+def test_a_hook_that_takes_one_memory_format_is_no_obstacle() -> None:
+    assert_equal_runs(wide(hook_with_a_view), batches(6, 6))
+
+
+def test_an_attack_bound_around_a_model_in_float64_is_refused_in_words() -> None:
+    model = wide(Net)()
+    x, y = batches(6)[0]
+    for engine in ("plain", "fast"):
+        inner = torchattacks.PGD(model, steps=1)
+        assert evaluate(model, (x, y), attacks=[inner], engine=engine, progress=False).examples == 6
+        around = torchattacks.PGD(nn.Sequential(nn.Identity(), model), steps=1)
+        with pytest.raises(ValueError, match=r"torchattacks.PGD is bound to a module around the model"):
+            evaluate(model, (x, y), attacks=[around], engine=engine, progress=False)
 
 
 @pytest.mark.parametrize("attacks", [["pgd-5"], ["apgd-ce", "square"]], ids=str)

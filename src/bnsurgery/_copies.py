@@ -29,7 +29,7 @@ def evaluation_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.
             names, in a plain list, or in a bound method.
 
     Raises:
-        FusionError: something in the model cannot be copied.
+        FusionError: something in the model cannot be copied, or its copy is not its own.
     """
     memo = {} if memo is None else memo
     try:
@@ -39,12 +39,20 @@ def evaluation_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.
                     memo[id(tensor)] = tensor.detach().clone()
             if unwrap(module) is not module:
                 memo[id(module)] = copy.deepcopy(unwrap(module), memo)
-        return copy.deepcopy(unwrap(model), memo).eval()
+        private: nn.Module = copy.deepcopy(unwrap(model), memo)
     except Exception as error:
         raise FusionError(
             f"{type(unwrap(model)).__name__} cannot be copied ({type(error).__name__}: {error}), and fusing is done on "
             "copies: make it work with copy.deepcopy"
         ) from error
+    own = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
+    for name, part in (*private.named_modules(), *private.named_parameters(), *private.named_buffers()):
+        if id(part) in own:
+            raise FusionError(
+                f"a copy of {type(unwrap(model)).__name__} shares {name!r} with it, and fusing is done on copies: make "
+                f"copy.deepcopy copy {type(part).__name__}"
+            )
+    return private.eval()
 
 
 def arguments(example_input: Any) -> tuple[Any, ...]:

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from bnsurgery._data import check_labels
 from bnsurgery._geometry import Norm, distance
-from bnsurgery._replica import Replica, Replicas, can_attack_a_copy, craft_on_copy
+from bnsurgery._replica import Replica
+from bnsurgery._replicas import Replicas, can_attack_a_copy, craft_on_copy
 from bnsurgery.adapters import (
     AUTOATTACK_PARTS,
     autoattack,

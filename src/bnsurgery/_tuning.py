@@ -16,8 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from bnsurgery._data import check_labels, unpack
+from bnsurgery._frozen import nothing_kept
+from bnsurgery._layouts import channels_last, runs_channels_last
 from bnsurgery._modes import Snapshot
-from bnsurgery._replica import Replicas, can_attack_a_copy, channels_last, craft_on_copy, runs_channels_last
+from bnsurgery._replicas import Replicas, can_attack_a_copy, craft_on_copy
 from bnsurgery.adapters import craft
 from bnsurgery.attacks import PGD, Loss, attacking, cross_entropy
 from bnsurgery.errors import BNSurgeryWarning
@@ -132,11 +134,12 @@ class Tuning:
         on_step: StepCallback | None,
         progress: bool,
         images_channels_last: bool,
+        lean: bool,
         compile: bool,  # noqa: A002 - the public name
     ) -> None:
         self.model, self.root, self.optimizer = model, unwrap(model), optimizer
         self._run = torch.compile(model) if compile else model
-        self._images_channels_last = images_channels_last
+        self._images_channels_last, self._lean = images_channels_last, lean and not compile
         self._layouts: dict[torch.Size, bool] = {}
         self.make, self.clean_fraction, self.loss, self.schedule = make, clean_fraction, loss, schedule
         self.epochs, self.max_steps, self.on_step = epochs, max_steps, on_step
@@ -217,12 +220,16 @@ class Tuning:
         whole = False
         try:
             watched = 1 in (len(x), len(x) - clean)
+            last = self._takes_channels_last(x)
             with self._one_value_ends(watched and self.make is not None and self.make.live):
-                x = self._laid_out(self._mixed(x, y, clean))
+                x = self._mixed(x, y, clean)
+                if self._images_channels_last and x.dim() == 4:
+                    x = channels_last(x) if last else x.contiguous()
             with self._one_value_ends(watched):
                 self.model.train()
-                with torch.set_grad_enabled(self.optimizer is not None):
-                    logits = self._run(x)
+                kept = nothing_kept(self.model) if self._lean else nullcontext()
+                with torch.set_grad_enabled(self.optimizer is not None), kept:
+                    logits = self._logits(x, before)
                     check_labels(y, logits)
                     loss = self.loss(logits, y).mean()
             if not self._backward(loss):
@@ -240,13 +247,25 @@ class Tuning:
         error_rate = 100 * float((logits.detach().argmax(1) != y).double().mean())
         return StepRecord(self.epoch, self.step, float(loss.detach()), error_rate, self._lr(), len(x))
 
-    def _laid_out(self, x: Tensor) -> Tensor:
-        """Images in the memory format that is fastest, where the model takes it."""
+    def _logits(self, x: Tensor, before: Snapshot) -> Tensor:
+        """The model's own in training mode; with images in the usual layout where a hook takes no other."""
+        try:
+            logits: Tensor = self._run(x)
+        except RuntimeError as error:
+            if not self._layouts.get(x.shape[1:]) or "view size is not compatible" not in str(error):
+                raise
+            self._layouts[x.shape[1:]] = False
+            before.restore()
+            logits = self._run(x.contiguous())
+        return logits
+
+    def _takes_channels_last(self, x: Tensor) -> bool:
+        """Whether the step is to be made in the memory format that is fastest for images."""
         if not self._images_channels_last or x.dim() != 4:
-            return x
+            return False
         if x.shape[1:] not in self._layouts:
-            self._layouts[x.shape[1:]] = runs_channels_last(self.root, x[:2], modes=(False, True))
-        return channels_last(x) if self._layouts[x.shape[1:]] else x.contiguous()
+            self._layouts[x.shape[1:]] = runs_channels_last(self.root, x[:2], modes=(False, True), hooks=False)
+        return self._layouts[x.shape[1:]]
 
     def _mixed(self, x: Tensor, y: Tensor, clean: int) -> Tensor:
         """The batch to train on: its first part clean, the rest adversarial."""

@@ -18,6 +18,7 @@ from bnsurgery._geometry import Norm, check_norm
 from bnsurgery._modes import global_state, seed_of
 from bnsurgery.attacks import PGD, attacking
 from bnsurgery.errors import BNSurgeryError, MissingExtraError
+from bnsurgery.layers import unwrap
 
 AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The four attacks of AutoAttack's standard version, in their order."""
@@ -171,6 +172,14 @@ def is_autoattack(attack: object) -> bool:
     """Whether this is an AutoAttack object, of ``pyautoattack`` or ``autoattack``."""
     modules = [sys.modules.get(name) for name in _AUTOATTACK_MODULES]
     return any(module is not None and isinstance(attack, module.AutoAttack) for module in modules)
+
+
+def is_around(attack: Any, model: nn.Module) -> bool:
+    """Whether an attack object is bound to a larger module of which this model is a part."""
+    if not (is_torchattacks(attack) or is_autoattack(attack)) or not isinstance(attack.model, nn.Module):
+        return False
+    bound = unwrap(attack.model)
+    return bound is not model and any(module is model for module in bound.modules())
 
 
 def normalises(attack: Any) -> bool:

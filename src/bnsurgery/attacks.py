@@ -226,8 +226,7 @@ class PGD:
         current = current.detach().requires_grad_()
         with torch.enable_grad():
             losses = self.losses(model, current, y, dtype, check=check)
-            # Steps go by a gradient's direction alone; where float16 is inside, the small ones would be lost.
-            (gradient,) = torch.autograd.grad(2.0**10 * losses.sum(), current)
+            (gradient,) = torch.autograd.grad(losses.sum(), current)
         current = current.detach()
         return losses.detach(), self._within(current + self.step_size * GEOMETRIES[self.norm].step(gradient), pixels)
 
@@ -244,6 +243,7 @@ class PGD:
         logits = model(self._inputs(current).to(dtype))
         if check:
             check_labels(y, logits)
+        logits = evened(logits) if logits.dtype == torch.float16 else logits
         losses = self.loss(logits.to(current.dtype), y)
         return -losses if self.targeted else losses
 
@@ -309,6 +309,22 @@ def attacking(model: nn.Module, bn: BNMode = "eval") -> Iterator[None]:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         yield
+
+
+def evened(logits: Tensor) -> Tensor:
+    """Logits (N, K) in float32, whose gradient comes back divided by each example's largest entry.
+
+    In float16, small gradients of examples that are right by far would vanish; steps go by the direction alone.
+    """
+    logits = logits.float()
+    if logits.requires_grad:
+        logits.register_hook(_evened)  # type: ignore[no-untyped-call]
+    return logits
+
+
+def _evened(gradient: Tensor) -> Tensor:
+    largest = gradient.abs().amax(1, keepdim=True)
+    return gradient / largest.where(largest > 0, 1)
 
 
 def _better(best: Tensor, best_loss: Tensor, current: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:

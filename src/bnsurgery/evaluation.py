@@ -15,7 +15,8 @@ from bnsurgery._data import Data, batches_of, check_bounds, check_eps
 from bnsurgery._evaluating import AttackRow, InPixels, Run, percent, plan
 from bnsurgery._geometry import Norm, check_norm
 from bnsurgery._modes import global_state
-from bnsurgery._replica import Replicas
+from bnsurgery._replicas import Replicas
+from bnsurgery.adapters import is_around
 from bnsurgery.attacks import attacking
 from bnsurgery.engine import Engine, EngineLike, chosen_engine
 from bnsurgery.layers import device_of, unwrap
@@ -124,7 +125,8 @@ def evaluate(
         Errors in percent, one row for each attack, and which examples held.
 
     Raises:
-        ValueError: an unknown name, an argument out of range, no data, wrong shapes, labels or inputs out of range.
+        ValueError: an unknown name, an argument out of range, no data, wrong shapes, labels or inputs out of range, an
+            attack object bound to a module around the model where that takes other inputs than float32 pixels.
         TypeError: an attack that is none.
         MissingExtraError: AutoAttack is asked for and not installed.
 
@@ -164,6 +166,12 @@ def evaluate(
         run.robust = correct.clone()
         rows = []
         built = [(name, build(run, seed)) for name, build in plans]
+        for name, attack in built:
+            if inside is not None and is_around(attack, inside.model):
+                raise ValueError(
+                    f"{name} is bound to a module around the model, which cannot be kept where the model takes other "
+                    "inputs than float32 pixels (mean=, std=, its dtype): bind it to the model itself"
+                )
         for name, attack in built:
             rows.append(run.attack(name, attack, eps, norm, bounds, seed, progress))
     made = None

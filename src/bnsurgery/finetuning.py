@@ -17,7 +17,7 @@ from bnsurgery import _checkpoints
 from bnsurgery._allocator import keeping_memory
 from bnsurgery._data import is_pair
 from bnsurgery._modes import global_state, preserved
-from bnsurgery._replica import Replicas
+from bnsurgery._replicas import Replicas
 from bnsurgery._tuning import SCHEDULES, AttackStep, Callback, EpochRecord, Schedule, StepCallback, StepRecord, Tuning
 from bnsurgery.adapters import check_attack, configuration_of
 from bnsurgery.attacks import PGD, Loss, cross_entropy
@@ -185,6 +185,7 @@ def adv_finetune(
             on_step=on_step,
             progress=progress,
             images_channels_last=switches is not None and switches.channels_last,
+            lean=switches is not None,
             compile=compile,
         )
         configuration = {
