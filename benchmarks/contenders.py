@@ -6,15 +6,9 @@ mode, then SGD with Nesterov momentum on gamma and beta, with the model in train
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import itertools
-import json
-import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -253,78 +247,3 @@ CONTENDERS: dict[str, Callable[[Case], Run]] = {
     CAREFUL[1]: lambda case: loop(careful_pgd(case, bfloat16=True)),
 }
 """By name; the plain loop is the same for all but the first three."""
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done all it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def step_seconds(run: Run, model: nn.Module, batches: Sequence[Batch], device: torch.device) -> list[float]:
-    """Seconds of each step; those of the first hold all that comes before it."""
-    gc.collect()
-    stamps = [now(device)]
-    run(model, batches, lambda: stamps.append(now(device)))
-    return [after - before for before, after in itertools.pairwise(stamps)]
-
-
-def peak_memory(name: str, case: Case, device: torch.device, seed: int) -> float | None:
-    """MiB by which two steps raise what this process holds, at the peak; None where the system does not say.
-
-    On a CPU the resident size; on CUDA what torch has allocated on the device. The same steps on a tiny network come
-    first, so that what libraries take once for all is not counted.
-    """
-    tiny = Case(batch=2, depth=8, width=8, attack_steps=1)
-    contender(name, tiny)(tiny.model(device, seed), tiny.batches(2, device, seed), lambda: None)
-    model, batches = case.model(device, seed), case.batches(2, device, seed)
-    run = contender(name, case)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run(model, batches, lambda: None)
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-
-    def kibibytes(field: str) -> int:
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-    with contextlib.suppress(OSError):  # where it is refused, the peak so far counts if the steps do not exceed it
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far becomes the size now
-    resident = kibibytes("VmRSS")
-    run(model, batches, lambda: None)
-    return (kibibytes("VmHWM") - resident) / 1024
-
-
-def memory_in_subprocess(script: str, name: str, *options: str) -> float | None:
-    """MiB that ``script --memory-of name`` finds in a process of its own; None, said in a line, where it fails."""
-    command = [sys.executable, script, "--memory-of", name, *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own scripts
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"  memory of {name}: not measured ({reason})", flush=True)
-        return None
-    found: float | None = json.loads(result.stdout.strip().splitlines()[-1])
-    return found
-
-
-def existing(out: Path, environment: Mapping[str, Any], device: str) -> dict[str, Any] | None:
-    """The record in ``out`` to add to; None where there is none.
-
-    Raises:
-        ValueError: it was made with other versions, on other hardware or another device.
-    """
-    if not out.exists():
-        return None
-    record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    same = all(record["environment"][key] == environment[key] for key in ("versions", "hardware"))
-    if not same or record["device"] != device:
-        raise ValueError(f"{out} holds results of other versions or another device: name another --out")
-    return record

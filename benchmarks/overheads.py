@@ -9,11 +9,7 @@ copy (float32, and bfloat16 where the hardware has it fast), which runs once in 
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import torch
 import torchvision
-from environment import environment
+from measuring import middle, now, opened, parsed, parser_of
 from resnet import resnet20
 from torch import nn
 
@@ -40,13 +36,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Milliseconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
+    began = now(device)
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (now(device) - began)
 
 
 def measure(name: str, repeats: int, device: torch.device) -> dict[str, Any]:
@@ -81,33 +73,24 @@ def measure(name: str, repeats: int, device: torch.device) -> dict[str, Any]:
             if round_:
                 times[which].append(took)
     ratios = [a / b for a, b in zip(times["recalibrate_bn"], times["forward passes"], strict=True)]
-    found: dict[str, Any] = {
-        which: {"median": statistics.median(own), "min": min(own), "max": max(own)} for which, own in times.items()
-    }
-    found["recalibrate_bn / forward passes"] = {
-        "median": statistics.median(ratios),
-        "min": min(ratios),
-        "max": max(ratios),
-    }
-    return found
+    return {which: middle(own) for which, own in times.items()} | {"recalibrate_bn / forward passes": middle(ratios)}
 
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "overheads.json")
-    args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"environment": environment(__file__), "milliseconds": {}}
+    args = parsed(parser, "overheads")
+    if args.quick:
+        args.models, args.repeats = ["resnet20-w16"], 1
+    record, write = opened(args, __file__, {"milliseconds": {}})
     for name in args.models:
         record["milliseconds"][name] = measure(name, args.repeats, torch.device(args.device))
         print(name)
         for which, own in record["milliseconds"][name].items():
             print(f"  {which:34} {own['median']:9.3f}  ({own['min']:.3f} to {own['max']:.3f})", flush=True)
-    args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write()
     return 0
 
 

@@ -34,7 +34,7 @@ def spread(ratio: Mapping[str, float] | None) -> str:
 
 
 def throughput(record: Mapping[str, Any]) -> str:
-    """Fine-tuning steps of each model, the limit, and AutoAttack."""
+    """Fine-tuning steps of each model, and the limit."""
     parts = []
     for name, measured in record["models"].items():
         found = measured["summary"]
@@ -59,21 +59,49 @@ def throughput(record: Mapping[str, Any]) -> str:
             f"Against the careful loop ({found['careful']}): {spread(found['ratio_to_careful'])}. The attack alone, in "
             f"{measured['precision']}: {share}, {100 * found['share_of_limit']:.0f}% of the limit.\n"
         )
-    rows = [
-        [
-            name,
-            str(own["examples"]),
-            f"{own['seconds']['bnsurgery']:.1f}",
-            f"{own['seconds']['by hand']:.1f}",
-            f"{own['ratio']:.2f}",
-            f"{own['robust']['bnsurgery']}, {own['robust']['by hand']}",
-        ]
-        for name, own in record["autoattack"].items()
-    ]
-    head = ("AutoAttack", "examples", "`evaluate`, s", "by hand, s", "ratio", "robust examples, both")
-    if rows:
+    return "\n".join(parts) + made_with(record["environment"])
+
+
+def scaling(record: Mapping[str, Any]) -> str:
+    """Time and memory of a step against each factor."""
+    parts = []
+    for factor, points in record["factors"].items():
+        rows = []
+        for value, point in points.items():
+            peaks = ["" if peak is None else f"{peak:,.0f}" for peak in point["peak_mebibytes"].values()]
+            times = [f"{1000 * seconds:,.0f}" for seconds in point["seconds"].values()]
+            rows.append([value, *times, spread(point["ratio"]), *peaks])
+        names = list(next(iter(points.values()))["seconds"])
+        head = (
+            factor.replace("_", " "),
+            *(f"{name}, ms" for name in names),
+            "ratio",
+            *(f"{name}, MiB" for name in names),
+        )
         parts.append(table(head, rows))
     return "\n".join(parts) + made_with(record["environment"])
+
+
+def autoattack(record: Mapping[str, Any]) -> str:
+    """AutoAttack both ways, and the bound."""
+    rows, inside = [], []
+    for name, own in record["networks"].items():
+        seconds, robust, passes = own["seconds"], own["robust"], own["passes_seconds"]
+        times = [f"{seconds[which]:.1f}" for which in ("bnsurgery", "by hand")]
+        found = f"{robust['bnsurgery']}, {robust['by hand']}"
+        rows.append([name, str(own["examples"]), *times, f"{own['ratio']:.2f}", f"{own['bound']:.2f}", found])
+        inside.append([name, *(f"{passes[which]:.1f}" for which in ("by hand", "bnsurgery", "convolutions"))])
+    head = (
+        "AutoAttack",
+        "examples",
+        "`evaluate`, s",
+        "by hand, s",
+        "ratio",
+        "bound of the ratio",
+        "robust examples, both",
+    )
+    heads = ("passes through the network", "the network, s", "the engine's copy, s", "convolutions alone, s")
+    return table(head, rows) + "\n" + table(heads, inside) + made_with(record["environment"])
 
 
 def overheads(record: Mapping[str, Any]) -> str:
@@ -117,6 +145,8 @@ def precision(record: Mapping[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "throughput": throughput,
+    "scaling": scaling,
+    "autoattack": autoattack,
     "overheads": overheads,
     "precision": precision,
 }

@@ -1,14 +1,13 @@
 """How fast is adversarial BN fine-tuning, against attack packages with a plain loop and against careful PyTorch?
 
-    python benchmarks/throughput.py
+    python benchmarks/throughput.py --plot
     python benchmarks/throughput.py --device cuda --compile --out benchmarks/results/throughput-cuda.json
 
 A step is PGD-10 (L-infinity, eps 8/255) and an SGD step on gamma and beta. In each round every contender in turn
 starts from the same weights and takes ``--steps`` steps after a first one, on the same batches of random images; a
 round to warm up is not counted, and ratios are of the same round. Set-up is what the first step takes beyond a usual
 one. Rounds also hold the attack alone and convolutions alone, the best of which is the limit that the attack's share
-is of. Peak memory is what two steps add, in a process for each contender. AutoAttack runs on a ResNet-20 whose BN
-layers were fine-tuned on the sample in ``examples/data``, once as ``evaluate`` does it and once by hand.
+is of. Peak memory is what two steps add, in a process for each contender.
 """
 
 from __future__ import annotations
@@ -18,21 +17,13 @@ import copy
 import gc
 import itertools
 import json
-import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
 import torch
-import torch.nn.functional as F
-from cifar10 import Batches, floats, sample
 from contenders import (
     BASELINE,
     CAREFUL,
@@ -47,20 +38,25 @@ from contenders import (
     Case,
     Run,
     contender,
-    existing,
-    memory_in_subprocess,
-    now,
-    peak_memory,
-    step_seconds,
     torchattacks_pgd,
 )
-from environment import environment
-from resnet import ResNet, resnet20
-from safetensors.torch import load_file
+from figures import bars
+from limits import CONVOLUTIONS, Convolution, flop_of_pass
+from measuring import (
+    SEED,
+    memory_in_subprocess,
+    middle,
+    now,
+    opened,
+    parsed,
+    parser_of_steps,
+    peak_memory,
+    spread,
+    step_seconds,
+)
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from bnsurgery import PGD, Engine, adv_finetune, evaluate
+from bnsurgery import PGD, Engine
 from bnsurgery._allocator import keeping_memory
 from bnsurgery._replicas import Replicas, craft_on_copy
 from bnsurgery.engine import dtype_for
@@ -72,12 +68,7 @@ CASES = {
     "mobilenet_v2": Case("mobilenet_v2", batch=16, size=224, classes=1000),
     "densenet121": Case("densenet121", batch=16, size=224, classes=1000),
 }
-CONVOLUTIONS = ((64, 32), (128, 16), (256, 8), (256, 14), (512, 7))
-"""Channels, and height and width, of the 3x3 convolutions whose best rate is the limit."""
 OURS, PEER = "bnsurgery, attack alone", "torchattacks, attack alone"
-SHOWN = {"bnsurgery": "bnsurgery", "bnsurgery float32": "bnsurgery, float32", COMPILED: "bnsurgery, compiled"}
-SHOWN |= {"careful": "careful PyTorch", "foolbox": "foolbox + loop", "ART": "ART + loop"}
-SEED = 0
 
 
 def main() -> int:
@@ -88,20 +79,10 @@ def main() -> int:
         print(json.dumps(peak_memory(args.memory_of, case_of(args.model, args.quick), device, SEED)))
         return 0
     if args.only_plot:
-        plot(json.loads(args.out.read_text(encoding="utf-8")), args.out.with_suffix(".png"))
+        bars(json.loads(args.out.read_text(encoding="utf-8")), list(CASES), args.out.with_suffix(".png"))
         return 0
-    found = environment(__file__)
-    try:
-        record = existing(args.out, found, args.device)
-    except ValueError as error:
-        sys.exit(str(error))
-    record = record or {"device": args.device, "models": {}, "autoattack": {}}
-    record |= {"environment": found, "settings": settings()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-
-    def write() -> None:
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
+    record, write = opened(args, __file__, {"models": {}})
+    record["settings"] = settings()
     for name in args.models:
         case = case_of(name, args.quick)
         print(f"\n{name}, batch {case.batch}, {case.size} x {case.size}, {args.device}", flush=True)
@@ -109,53 +90,26 @@ def main() -> int:
         if args.memory:
             measured["peak_mebibytes"] = memory(name, measured["step_seconds"], args)
         measured["summary"] = summary(measured)
-        record["models"][name] = {"command": found["command"], "case": asdict(case), "seed": SEED} | measured
+        command = record["environment"]["command"]
+        record["models"][name] = {"command": command, "case": asdict(case), "seed": SEED} | measured
         write()
         show(measured)
-    for name in args.models:
-        if args.autoattack and name.startswith("resnet20") and (args.autoattack_64 or name != "resnet20-w64"):
-            result = autoattack(CASES[name].width, device, args)
-            if result is not None:
-                record["autoattack"][name] = {"command": found["command"]} | result
-                write()
     if args.plot:
-        plot(record, args.out.with_suffix(".png"))
+        bars(record, list(CASES), args.out.with_suffix(".png"))
     return 0
 
 
 def arguments() -> argparse.Namespace:
     """Of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_steps(__doc__, repeats=5, steps=2)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--steps", type=int, default=2, help="steps of each contender in a round")
     parser.add_argument("--compile", action="store_true", help="measure compile=True too")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument("--no-autoattack", dest="autoattack", action="store_false")
-    parser.add_argument("--no-autoattack-64", dest="autoattack_64", action="store_false")
-    parser.add_argument("--autoattack-examples", type=int, default=64)
-    parser.add_argument(
-        "--autoattack-examples-64", type=int, default=16, help="width 64: minutes a robust one on a CPU"
-    )
-    parser.add_argument("--finetune-steps", type=int, default=150, help="of width 16, before AutoAttack")
-    parser.add_argument("--finetune-steps-64", type=int, default=20, help="of width 64, before AutoAttack")
-    parser.add_argument("--train-steps-64", type=int, default=60, help="clean training of width 64 before that")
-    parser.add_argument("--out", type=Path, help="default: results/throughput.json here")
-    parser.add_argument("--plot", action="store_true", help="write a PNG next to the JSON")
-    parser.add_argument("--only-plot", action="store_true", help="measure nothing: draw what --out holds")
-    parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs, and no more")
     parser.add_argument("--memory-of", choices=CONTENDERS, help="print the peak memory of this contender, and end")
     parser.add_argument("--model", choices=CASES, default="resnet20-w16", help="for --memory-of")
-    args = parser.parse_args()
-    if min(args.repeats, args.steps) < 1:
-        parser.error("--repeats and --steps must be at least 1")
+    args = parsed(parser, "throughput")
     if args.quick:
-        args.repeats, args.steps, args.autoattack_examples = min(args.repeats, 2), 1, 4
-        args.autoattack_64 = False
-        args.finetune_steps = 2
-    if args.out is None:
-        args.out = ROOT / "benchmarks" / "results" / f"throughput{'-quick' if args.quick else ''}.json"
+        args.repeats, args.steps = min(args.repeats, 2), 1
     return args
 
 
@@ -227,16 +181,18 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
             times[name].append(step_seconds(runs[name], copy.deepcopy(model), batches, device))
         for name, attack in attacks.items():
             gc.collect()
-            began = now(device)
-            attack()
-            alone[name].append(now(device) - began)
+            with keeping_memory(device, wanted=name == OURS):  # as a fine-tuning run does, from its second step on
+                attack()
+                began = now(device)
+                attack()
+                alone[name].append(now(device) - began)
         for convolution in rates:
             limit[convolution.name].append(convolution.rate())
         print(f"  round {round_ + 1} of {args.repeats}", file=sys.stderr, flush=True)
     return found | {
         "step_seconds": times,
         "attack_alone_seconds": alone,
-        "attack_flop_per_image": attack_flop(model, case, batches[0][0][:1]),
+        "attack_flop_per_image": case.attack_steps * flop_of_pass(model, batches[0][0][:1]),
         "convolution_flop_per_second": limit,
         "batch": case.batch,
     }
@@ -252,57 +208,16 @@ def attacks_alone(model: nn.Module, case: Case, batch: Batch, *, with_peer: bool
     pgd = PGD(EPS, case.attack_steps, STEP)
 
     def ours() -> Tensor:
-        with keeping_memory(x.device):  # as a fine-tuning run does
-            replica = replicas.fresh(x)
-            if replica is None:
-                raise RuntimeError("the engine could not copy this model")
-            return craft_on_copy(replica, pgd, x, y, generator=generator)
+        replica = replicas.fresh(x)
+        if replica is None:
+            raise RuntimeError("the engine could not copy this model")
+        return craft_on_copy(replica, pgd, x, y, generator=generator)
 
     attacks: dict[str, Callable[[], Tensor]] = {OURS: ours}
     if with_peer:
         theirs = torchattacks_pgd(case)(peer)
         attacks[PEER] = lambda: theirs(x, y)
     return attacks
-
-
-def attack_flop(model: nn.Module, case: Case, example: Tensor) -> int:
-    """FLOP of convolutions and linear layers for one image: forward, and as much again for the input's gradient."""
-    counter = FlopCounterMode(display=False)
-    model.eval()
-    with torch.no_grad(), counter:
-        model(example)
-    return int(2 * counter.get_total_flops() * case.attack_steps)
-
-
-class Convolution:
-    """A 3x3 convolution and the gradient of its input, channels last: what most of an attack is made of."""
-
-    def __init__(self, channels: int, size: int, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.name = f"{channels} channels, {size} x {size}, batch {batch}"
-        self._device = device
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
-        x = torch.randn(batch, channels, size, size, **options)
-        weight = torch.randn(channels, channels, 3, 3, **options) / (3 * channels**0.5)
-        self._x, self._weight = (tensor.to(memory_format=torch.channels_last) for tensor in (x, weight))
-        self._gradient = torch.randn_like(self._x)
-        self._x.requires_grad_()
-        self._flop = 2 * 2 * batch * size**2 * channels**2 * 9
-        self._calls = 1
-
-    def warm_up(self, seconds: float) -> None:
-        """Finds how many calls take so long."""
-        self._seconds()
-        self._calls = max(1, math.ceil(seconds / self._seconds()))
-
-    def rate(self) -> float:
-        """FLOP/s over these calls."""
-        return self._calls * self._flop / self._seconds()
-
-    def _seconds(self) -> float:
-        began = now(self._device)
-        for _ in range(self._calls):
-            torch.autograd.grad(F.conv2d(self._x, self._weight, padding=1), self._x, self._gradient)
-        return now(self._device) - began
 
 
 def memory(name: str, contenders: Mapping[str, Any], args: argparse.Namespace) -> dict[str, float]:
@@ -354,12 +269,7 @@ def ratios(steps: Mapping[str, Sequence[Sequence[float]]], name: str, to: str) -
     paired = [
         statistics.median(other) / statistics.median(own) for own, other in zip(steps[name], steps[to], strict=True)
     ]
-    return {"median": statistics.median(paired), "min": min(paired), "max": max(paired)}
-
-
-def spread(ratio: Mapping[str, float] | None) -> str:
-    """A ratio in a table."""
-    return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+    return middle(paired)
 
 
 def show(measured: Mapping[str, Any]) -> None:
@@ -385,130 +295,6 @@ def show(measured: Mapping[str, Any]) -> None:
         f"{found['limit_flop_per_second'] / 1e9:.1f} GFLOP/s, {100 * found['share_of_limit']:.0f}%",
         flush=True,
     )
-
-
-def autoattack(width: int, device: torch.device, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Standard AutoAttack through ``evaluate``, and by hand on the same model; None where it is not installed."""
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError as error:
-        print(f"\nAutoAttack left out: {error}", flush=True)
-        return None
-    model = robust_model(width, device, args).eval()
-    images, labels = sample(train=False)
-    count = args.autoattack_examples if width == 16 else args.autoattack_examples_64
-    x, y = floats(images[:count]).to(device), labels[:count].to(device)
-
-    began = now(device)
-    result = evaluate(model, (x, y), attacks="autoattack", batch_size=128, progress=False, seed=SEED)
-    ours = now(device) - began
-
-    attack = AutoAttack(model, norm="Linf", eps=EPS, version="standard", seed=SEED, device=device)
-    attack.verbose = False
-    began = now(device)
-    made = attack.run_standard_evaluation(x, y, batch_size=128)
-    by_hand = now(device) - began
-    with torch.no_grad():
-        robust = int((model(made[0] if isinstance(made, tuple) else made).argmax(1) == y).sum())
-        correct = int((model(x).argmax(1) == y).sum())
-
-    found = {
-        "examples": len(y),
-        "batch_size": 128,
-        "seed": SEED,
-        "finetune_steps": args.finetune_steps if width == 16 else args.finetune_steps_64,
-        "train_steps": 0 if width == 16 else args.train_steps_64,
-        "correct": correct,
-        "robust": {"bnsurgery": int(result.robust.sum()), "by hand": robust},
-        "seconds": {"bnsurgery": ours, "by hand": by_hand},
-        "ratio": by_hand / ours,
-    }
-    print(
-        f"\nAutoAttack, resnet20-w{width}, {len(y)} examples, {correct} right: evaluate {ours:.1f} s "
-        f"({found['robust']['bnsurgery']} robust), by hand {by_hand:.1f} s ({robust} robust): "
-        f"{found['ratio']:.2f} times as fast",
-        flush=True,
-    )
-    return found
-
-
-def robust_model(width: int, device: torch.device, args: argparse.Namespace) -> ResNet:
-    """A ResNet-20 with fine-tuned BN layers; width 16 from the shipped weights, others from a short clean training."""
-    torch.manual_seed(SEED)
-    model = resnet20(width).to(device)
-    batch_size = 128 if width == 16 else 64
-    batches = Batches(*sample(train=True), batch_size=batch_size, augment=True, drop_last=True, device=device)
-    options: dict[str, Any] = {"schedule": "cosine", "seed": SEED, "progress": sys.stderr.isatty()}
-    steps = args.finetune_steps
-    began = time.perf_counter()
-    if width == 16:
-        model.load_state_dict(load_file(ROOT / "examples" / "data" / "resnet20-w16.safetensors"))
-    else:
-        steps = args.finetune_steps_64
-        epochs = math.ceil(args.train_steps_64 / len(batches))
-        adv_finetune(
-            model, batches, epochs=epochs, max_steps=args.train_steps_64, train="all", attack=None, lr=0.05, **options
-        )
-    epochs = math.ceil(steps / len(batches))
-    adv_finetune(model, batches, epochs=epochs, max_steps=steps, lr=0.1, weight_decay=0, **options)
-    print(f"\nresnet20-w{width} made ready for AutoAttack in {time.perf_counter() - began:.0f} s", flush=True)
-    return model
-
-
-def plot(record: Mapping[str, Any], path: Path) -> None:
-    """Bars of the ratio to torchattacks with the plain loop, and how far the rounds are apart."""
-    from matplotlib.figure import Figure
-
-    models = {name: record["models"][name]["summary"]["contenders"] for name in CASES if name in record["models"]}
-    models = {name: rows for name, rows in models.items() if any(row["ratio"] for row in rows.values())}
-    if not models:
-        print(f"nothing to draw: no ratio to {BASELINE}")
-        return
-    contenders = [name for name in SHOWN if any(name in rows for rows in models.values())]
-    colors = dict(zip(SHOWN, ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#999999"), strict=True))
-    hatches = dict(zip(SHOWN, ("", "//", "xx", "", "..", "\\\\"), strict=True))
-    height = 0.8 / len(contenders)
-    figure = Figure(figsize=(7, 1 + 0.19 * (len(contenders) + 1.2) * len(models)), layout="constrained")
-    ax = figure.subplots()
-    for place, name in enumerate(contenders):
-        rows = [(line, own[name]["ratio"]) for line, own in enumerate(models.values()) if name in own]
-        medians = [ratio["median"] for _, ratio in rows]
-        ends = [[r["median"] - r["min"] for _, r in rows], [r["max"] - r["median"] for _, r in rows]]
-        where = [line + (place - (len(contenders) - 1) / 2) * height for line, _ in rows]
-        ax.barh(
-            where,
-            medians,
-            0.92 * height,
-            xerr=ends,
-            color=colors[name],
-            hatch=hatches[name],
-            edgecolor="black",
-            linewidth=0.4,
-            error_kw={"elinewidth": 1, "capsize": 2},
-            label=SHOWN[name],
-        )
-        for y, (_, ratio) in zip(where, rows, strict=True):
-            ax.annotate(
-                f"{ratio['median']:.2f}",
-                (ratio["max"], y),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )
-    ax.axvline(1, color="black", lw=1, ls="--", label=BASELINE)
-    ax.set_yticks(range(len(models)), list(models))
-    ax.invert_yaxis()
-    ax.margins(x=0.08)
-    ax.set(
-        xlabel=f"adversarial BN fine-tuning, speed relative to {BASELINE}\n(median and range of the rounds)",
-        ylabel="model",
-        xlim=(0, None),
-    )
-    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=200)
-    print(f"drawn: {path.name}")
 
 
 if __name__ == "__main__":
