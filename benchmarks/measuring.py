@@ -1,0 +1,144 @@
+"""Time and memory of fine-tuning steps, and what the scripts that measure them have in common."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import Batch, Case, Run, contender
+from environment import environment
+from torch import nn
+
+RESULTS = Path(__file__).parent / "results"
+SEED = 0
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all scripts take."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, help="the result file; default: in benchmarks/results")
+    parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs, and no more")
+    return parser
+
+
+def parser_of_steps(doc: str | None, repeats: int, steps: int) -> argparse.ArgumentParser:
+    """The options of scripts that time contenders step by step, round by round, and draw."""
+    parser = parser_of(doc)
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds")
+    parser.add_argument("--steps", type=int, default=steps, help="steps of each contender in a round")
+    parser.add_argument("--plot", action="store_true", help="write a PNG next to the JSON")
+    parser.add_argument("--only-plot", action="store_true", help="measure nothing: draw what --out holds")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """The options given, with the result file that they stand for."""
+    args = parser.parse_args()
+    if min(vars(args).get("repeats", 1), vars(args).get("steps", 1)) < 1:
+        parser.error("--repeats and --steps must be at least 1")
+    if args.out is None:
+        args.out = RESULTS / f"{name}{'-quick' if args.quick else ''}.json"
+    return args
+
+
+def opened(
+    args: argparse.Namespace, script: str, empty: Mapping[str, Any]
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """The record to add to, from the result file or ``empty``, and what writes it there."""
+    found = environment(script)
+    record: dict[str, Any] = {"device": args.device, **empty}
+    if args.out.exists():
+        record = json.loads(args.out.read_text(encoding="utf-8"))
+        same = all(record["environment"][key] == found[key] for key in ("versions", "hardware"))
+        if not same or record["device"] != args.device:
+            sys.exit(f"{args.out} holds results of other versions or another device: name another --out")
+    record["environment"] = found
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    return record, write
+
+
+def middle(values: Iterable[float]) -> dict[str, float]:
+    """Median, least and largest."""
+    values = list(values)
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def spread(ratio: Mapping[str, float] | None) -> str:
+    """The same in words."""
+    return "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done all it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def step_seconds(run: Run, model: nn.Module, batches: Sequence[Batch], device: torch.device) -> list[float]:
+    """Seconds of each step; those of the first hold all that comes before it."""
+    gc.collect()
+    stamps = [now(device)]
+    run(model, batches, lambda: stamps.append(now(device)))
+    return [after - before for before, after in itertools.pairwise(stamps)]
+
+
+def peak_memory(name: str, case: Case, device: torch.device, seed: int) -> float | None:
+    """MiB by which two steps raise what this process holds, at the peak; None where the system does not say.
+
+    On a CPU the resident size; on CUDA what torch has allocated on the device. The same steps on a tiny network come
+    first, so that what libraries take once for all is not counted.
+    """
+    tiny = Case(batch=2, depth=8, width=8, attack_steps=1)
+    contender(name, tiny)(tiny.model(device, seed), tiny.batches(2, device, seed), lambda: None)
+    model, batches = case.model(device, seed), case.batches(2, device, seed)
+    run = contender(name, case)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run(model, batches, lambda: None)
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+
+    def kibibytes(field: str) -> int:
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+    with contextlib.suppress(OSError):  # where it is refused, the peak so far counts if the steps do not exceed it
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far becomes the size now
+    resident = kibibytes("VmRSS")
+    run(model, batches, lambda: None)
+    return (kibibytes("VmHWM") - resident) / 1024
+
+
+def memory_in_subprocess(script: str, name: str, *options: str) -> float | None:
+    """MiB that ``script --memory-of name`` finds in a process of its own; None, said in a line, where it fails."""
+    command = [sys.executable, script, "--memory-of", name, *options]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own scripts
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        print(f"  memory of {name}: not measured ({reason})", flush=True)
+        return None
+    found: float | None = json.loads(result.stdout.strip().splitlines()[-1])
+    return found
