@@ -28,7 +28,8 @@ class Engine:
     of Walter et al.). The engine keeps a private copy of the model for them, into whose convolutions that map has
     gone, and writes the live model's values into it, in place, before each batch. ``engine="fast"`` is ``Engine()``,
     ``engine="plain"`` is no engine at all: attacks run on the live model. The switches are independent, and none
-    changes results beyond rounding.
+    changes results beyond rounding, unless the model draws random numbers in evaluation mode. Its hooks are called in
+    the copy too, also while that is made.
 
     Attributes:
         fuse: put BN layers into the layers that feed them, as :func:`bnsurgery.fuse_bn` does; what cannot be fused
