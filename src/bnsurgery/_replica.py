@@ -21,7 +21,7 @@ from bnsurgery._tracing import PRODUCERS
 from bnsurgery.attacks import PGD, evened
 from bnsurgery.engine import Engine
 from bnsurgery.errors import BNSurgeryWarning, FusionError
-from bnsurgery.folding import FusionPlan, apply_plan, fused_parameters, plan_fusion
+from bnsurgery.folding import FusionPlan, apply_plan, fused_factors, plan_fusion
 from bnsurgery.layers import device_of, named_modules
 
 CACHE = 8 * 2**20
@@ -85,11 +85,12 @@ class Replica:
         if signature(self.model) != self._seen:
             return False
         with torch.no_grad():
-            for (weight, bias), target in zip(fused_parameters(self._pairs), self._targets, strict=True):
-                held: Tensor = target.weight  # type: ignore[assignment]
-                held.copy_(weight.to(held.dtype))  # first the cast, then the change of layout: two fast passes
-                target.bias.copy_(bias)  # type: ignore[operator]
-            sources, targets = [], []
+            sources: list[Tensor] = []
+            targets: list[Tensor] = []
+            for (weight, scale, bias), target in zip(fused_factors(self._pairs), self._targets, strict=True):
+                _multiply(weight, scale, target.weight)  # type: ignore[arg-type]
+                sources.append(bias)
+                targets.append(target.bias)  # type: ignore[arg-type]
             for module, own, name in self._others:
                 source, held = getattr(module, name), getattr(own, name)
                 if source.shape == held.shape:
@@ -318,6 +319,16 @@ def planned(model: nn.Module, example: Tensor, engine: Engine) -> FusionPlan:
         evaluation_copy(model)  # raises where there can be no copy at all
         say(f"attacks run on a copy that is not fused: {error}")
         return FusionPlan(())
+
+
+def _multiply(weight: Tensor, scale: Tensor, held: Tensor) -> None:
+    """Writes the product where it is held, in the way that is fastest for its dtype and layout."""
+    if held.dtype == scale.dtype:
+        torch.mul(weight, scale, out=held)
+    elif held.is_contiguous():
+        held.copy_(weight * scale)
+    else:
+        held.copy_((weight * scale).to(held.dtype))  # the cast, then the change of layout: each has a fast kernel
 
 
 def say(message: str) -> None:

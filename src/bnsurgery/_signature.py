@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,30 +12,45 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 _PLAIN = frozenset((bool, int, float, str, type(None)))
+_CONTAINERS = frozenset((dict, OrderedDict, list, set))
 _SKIPPED = frozenset(("_parameters", "_buffers", "_modules", "training", "track_running_stats"))
+_SKIPPED_OF_BN = _SKIPPED | {"momentum"}
 
 
 def signature(model: nn.Module) -> list[Any]:
     """Modules, their classes, hooks and attributes, and shapes of tensors: equal only where none has changed."""
+    # It is taken before each batch: flat, since each container made here would be work for the garbage collector.
     parts: list[Any] = []
+    add = parts.append
     for module in model.modules():
-        parts.append(_Same(module))
-        parts.append(type(module))
-        skipped = _SKIPPED | {"momentum"} if isinstance(module, _BatchNorm) else _SKIPPED
+        add(_Same(module) if type(module).__eq__ is not object.__eq__ else module)
+        add(type(module))
+        skipped = _SKIPPED_OF_BN if isinstance(module, _BatchNorm) else _SKIPPED
         for name, value in vars(module).items():
-            if name in skipped or isinstance(value, Tensor) or (isinstance(value, (dict, list)) and not value):
+            if name in skipped:
                 continue
-            parts.append((name, _account(value)))
+            kind = type(value)
+            if kind in _PLAIN or (kind is tuple and is_plain(value)):
+                add(name)
+                add(value)
+            elif not ((kind in _CONTAINERS and not value) or isinstance(value, Tensor)):
+                add(name)
+                add(_account(value))
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
-                    parts.append((name, tensor.shape, tensor.dtype, tensor.device))
+                    parts += (name, tensor.shape, tensor.dtype, tensor.device)
     return parts
 
 
 def is_plain(value: object) -> bool:
     """Whether a value is a number, a string or None, or a tuple of these."""
-    return type(value) in _PLAIN or (type(value) is tuple and all(type(part) in _PLAIN for part in value))
+    if type(value) is not tuple:
+        return type(value) in _PLAIN
+    for part in value:  # noqa: SIM110 - several times as fast as all()
+        if type(part) not in _PLAIN:
+            return False
+    return True
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:

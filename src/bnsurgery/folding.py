@@ -27,6 +27,8 @@ from bnsurgery._tracing import Trace, is_bn, trace_eager
 from bnsurgery.errors import BNSurgeryWarning, FusionError
 from bnsurgery.layers import bn_layers, named_modules, require_statistics
 
+_WIDE = (torch.float32, torch.float64)
+
 
 class Affine(NamedTuple):
     """The affine map z -> m z + b that a BN layer is in evaluation mode.
@@ -213,18 +215,28 @@ def fused_parameters(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> Iterator[t
         Both detached, in the dtype of the producer's weight, computed in at least float32; the weight of the producer's
         shape, the bias of shape (C,).
     """
+    for weight, scale, bias in fused_factors(pairs):
+        yield (weight * scale).to(weight.dtype), bias
+
+
+def fused_factors(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """As :func:`fused_parameters`, the weight in two factors: the producer's own, and what to multiply it by.
+
+    Yields:
+        The weight itself, detached; the factor, of a shape that goes with it, in its dtype and at least float32; the
+        bias.
+    """
     for (producer, _), (m, b) in zip(pairs, _normalized([layer for _, layer in pairs]), strict=True):
-        weight = cast(Tensor, producer.weight).detach()
-        if producer.bias is not None:
-            b = b + m * cast(Tensor, producer.bias).detach().to(m.dtype)
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight, bias = cast(Tensor, producer.weight).detach(), cast("Tensor | None", producer.bias)
+        if bias is not None:
+            b = b + m * bias.detach().to(m.dtype)
+        wide = weight.dtype if weight.dtype in _WIDE else torch.promote_types(weight.dtype, torch.float32)
         scale = m.to(wide)
         if getattr(producer, "transposed", False):
             # (inputs, outputs / groups, ...): the inputs of a group lead to the outputs of that group alone.
             groups = cast(int, producer.groups)
             scale = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
-        scale = scale[(...,) + (None,) * (weight.ndim - scale.ndim)]
-        yield (weight.to(wide) * scale).to(weight.dtype), b.to(weight.dtype)
+        yield weight, scale[(...,) + (None,) * (weight.ndim - scale.ndim)], b.to(weight.dtype)
 
 
 def _normalized(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
@@ -268,7 +280,7 @@ def _wide(device: torch.device) -> torch.dtype:
 
 def _read(layer: nn.Module, name: str) -> Tensor | None:
     """A parameter of a layer, computed where it is parametrized, as in evaluation mode."""
-    if not parametrize.is_parametrized(layer, name):
+    if "parametrizations" not in layer._modules or not parametrize.is_parametrized(layer, name):
         value = getattr(layer, name)
         return None if value is None else cast(Tensor, value).detach()
     with preserved(layer), torch.no_grad():  # in training mode a parametrization may move its buffers
