@@ -67,7 +67,9 @@ class Convolution(Timed):
         return self._flop / self.seconds()
 
 
-def convolutions_alone(model: nn.Module, x: Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+def convolutions_alone(
+    model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[], None], Callable[[], None]]:
     """The convolutions of a model on a batch and nothing else, channels last: their forward, and their backward pass.
 
     Inputs are random numbers of the right shapes; of the first one the gradient is taken too, as attacks do.
@@ -85,7 +87,7 @@ def convolutions_alone(model: nn.Module, x: Tensor) -> tuple[Callable[[], None],
     held = []
     for layer, given, made in layers:
         tensors = torch.randn(given), layer.weight.detach(), torch.randn(made)
-        laid_out = [tensor.to(x.device).to(memory_format=torch.channels_last) for tensor in tensors]
+        laid_out = [tensor.to(x.device, dtype, memory_format=torch.channels_last) for tensor in tensors]
         held.append((layer, *laid_out))
 
     def forward() -> None:

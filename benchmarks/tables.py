@@ -33,6 +33,11 @@ def spread(ratio: Mapping[str, float] | None) -> str:
     return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
+def bound(ratio: float) -> str:
+    """The sentence of it."""
+    return f" With nothing but the network's convolutions the ratio to torchattacks would be {ratio:.2f}."
+
+
 def throughput(record: Mapping[str, Any]) -> str:
     """Fine-tuning steps of each model, and the limit."""
     parts = []
@@ -57,7 +62,8 @@ def throughput(record: Mapping[str, Any]) -> str:
         parts.append(
             f"**{name}**, batch {case['batch']}, {case['size']} x {case['size']}\n\n{table(head, rows)}\n"
             f"Against the careful loop ({found['careful']}): {spread(found['ratio_to_careful'])}. The attack alone, in "
-            f"{measured['precision']}: {share}, {100 * found['share_of_limit']:.0f}% of the limit.\n"
+            f"{measured['precision']}: {share}, {100 * found['share_of_limit']:.0f}% of the limit."
+            f"{'' if found['bound'] is None else bound(found['bound'])}\n"
         )
     return "\n".join(parts) + made_with(record["environment"])
 

@@ -41,7 +41,7 @@ from contenders import (
     torchattacks_pgd,
 )
 from figures import bars
-from limits import CONVOLUTIONS, Convolution, flop_of_pass
+from limits import CONVOLUTIONS, Convolution, Timed, convolutions_alone, flop_of_pass
 from measuring import (
     SEED,
     memory_in_subprocess,
@@ -87,11 +87,14 @@ def main() -> int:
         case = case_of(name, args.quick)
         print(f"\n{name}, batch {case.batch}, {case.size} x {case.size}, {args.device}", flush=True)
         measured = measure(case, device, args)
+        record["models"][name] = {"case": asdict(case)} | measured
+        write()  # what took minutes is safe
         if args.memory:
             measured["peak_mebibytes"] = memory(name, measured["step_seconds"], args)
+        measured = {"case": asdict(case)} | measured
         measured["summary"] = summary(measured)
         command = record["environment"]["command"]
-        record["models"][name] = {"command": command, "case": asdict(case), "seed": SEED} | measured
+        record["models"][name] = {"command": command, "seed": SEED} | measured
         write()
         show(measured)
     if args.plot:
@@ -153,6 +156,11 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
     sizes = (8,) if args.quick else (32, 64) if device.type == "cpu" else (32, 64, 256)
     rates = [Convolution(*shape, size, dtype, device) for shape in CONVOLUTIONS for size in sizes]
 
+    bare = {}
+    for kind, digits in (("pass of the attack", dtype), ("pass of the update", torch.float32)):
+        forward, backward = convolutions_alone(model.eval(), batches[0][0], digits)
+        bare[kind] = Timed(lambda forward=forward, backward=backward: (forward(), backward()), device)  # type: ignore[misc]
+
     found: dict[str, Any] = {
         "repeats": args.repeats,
         "steps": args.steps,
@@ -176,6 +184,7 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
         attack()
     for convolution in rates:
         convolution.warm_up(0.005 if args.quick else 0.1)
+    alone_of_network: dict[str, list[float]] = {kind: [] for kind in bare}
     for round_ in range(args.repeats):
         for name in times:
             times[name].append(step_seconds(runs[name], copy.deepcopy(model), batches, device))
@@ -188,12 +197,17 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
                 alone[name].append(now(device) - began)
         for convolution in rates:
             limit[convolution.name].append(convolution.rate())
+        for kind, pass_ in bare.items():
+            with keeping_memory(device):
+                pass_.seconds()
+                alone_of_network[kind].append(pass_.seconds())
         print(f"  round {round_ + 1} of {args.repeats}", file=sys.stderr, flush=True)
     return found | {
         "step_seconds": times,
         "attack_alone_seconds": alone,
         "attack_flop_per_image": case.attack_steps * flop_of_pass(model, batches[0][0][:1]),
         "convolution_flop_per_second": limit,
+        "convolutions_of_network_seconds": alone_of_network,
         "batch": case.batch,
     }
 
@@ -249,10 +263,14 @@ def summary(measured: Mapping[str, Any]) -> dict[str, Any]:
     medians = {name: statistics.median(own) for name, own in measured["attack_alone_seconds"].items()}
     limits = {name: statistics.median(own) for name, own in measured["convolution_flop_per_second"].items()}
     limit = max(max(own) for own in measured["convolution_flop_per_second"].values())
+    bare = {kind: statistics.median(own) for kind, own in measured["convolutions_of_network_seconds"].items()}
+    least = measured["case"]["attack_steps"] * bare["pass of the attack"] + bare["pass of the update"]
     achieved = measured["attack_flop_per_image"] * batch / medians[OURS]
     return {
         "contenders": rows,
         "careful": best,
+        "convolutions_alone_images_per_second": batch / least,
+        "bound": usual[BASELINE] / least if BASELINE in usual else None,
         "ratio_to_careful": None if best is None else ratios(steps, "bnsurgery", best),
         "attack_alone_images_per_second": {name: batch / seconds for name, seconds in medians.items()},
         "convolution_median_flop_per_second": limits,
@@ -286,6 +304,8 @@ def show(measured: Mapping[str, Any]) -> None:
         )
     if found["careful"] is not None:
         print(f"  careful is {found['careful']!r}; bnsurgery is {spread(found['ratio_to_careful'])} times as fast")
+    if found["bound"] is not None:
+        print(f"  the network's convolutions alone would be {found['bound']:.2f} times as fast as {BASELINE}")
     for name, rate in found["attack_alone_images_per_second"].items():
         print(f"  {name}: {rate:.2f} images/s")
     for name, rate in found["convolution_median_flop_per_second"].items():
