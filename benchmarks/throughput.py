@@ -7,7 +7,7 @@ A step is PGD-10 (L-infinity, eps 8/255) and an SGD step on gamma and beta. In e
 starts from the same weights and takes ``--steps`` steps after a first one, on the same batches of random images; a
 round to warm up is not counted, and ratios are of the same round. Set-up is what the first step takes beyond a usual
 one. Rounds also hold the attack alone and convolutions alone, the best of which is the limit that the attack's share
-is of. Peak memory is what two steps add, in a process for each contender.
+is of. Peak memory is what two steps add, in a process for each contender, as the median of some measurements.
 """
 
 from __future__ import annotations
@@ -86,16 +86,17 @@ def main() -> int:
     for name in args.models:
         case = case_of(name, args.quick)
         print(f"\n{name}, batch {case.batch}, {case.size} x {case.size}, {args.device}", flush=True)
-        measured = measure(case, device, args)
-        record["models"][name] = {"case": asdict(case)} | measured
-        write()  # what took minutes is safe
-        if args.memory:
-            measured["peak_mebibytes"] = memory(name, measured["step_seconds"], args)
-        measured = {"case": asdict(case)} | measured
-        measured["summary"] = summary(measured)
         command = record["environment"]["command"]
-        record["models"][name] = {"command": command, "seed": SEED} | measured
-        write()
+        if not args.only_memory:
+            record["models"][name] = {"command": command, "seed": SEED, "case": asdict(case)}
+            record["models"][name] |= measure(case, device, args)
+        measured = record["models"][name]
+        measured["summary"] = summary(measured)
+        write()  # what took minutes is safe
+        if args.memory_repeats:
+            measured["peak_mebibytes"] = memory(name, measured["step_seconds"], args)
+            measured |= {"memory_command": command, "summary": summary(measured)}
+            write()
         show(measured)
     if args.plot:
         bars(record, list(CASES), args.out.with_suffix(".png"))
@@ -107,12 +108,13 @@ def arguments() -> argparse.Namespace:
     parser = parser_of_steps(__doc__, repeats=5, steps=2)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--compile", action="store_true", help="measure compile=True too")
-    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--memory-repeats", type=int, default=3, help="measurements of peak memory; 0: none")
+    parser.add_argument("--only-memory", action="store_true", help="add to what --out holds: peak memory alone")
     parser.add_argument("--memory-of", choices=CONTENDERS, help="print the peak memory of this contender, and end")
     parser.add_argument("--model", choices=CASES, default="resnet20-w16", help="for --memory-of")
     args = parsed(parser, "throughput")
     if args.quick:
-        args.repeats, args.steps = min(args.repeats, 2), 1
+        args.repeats, args.steps, args.memory_repeats = min(args.repeats, 2), 1, min(args.memory_repeats, 1)
     return args
 
 
@@ -234,11 +236,15 @@ def attacks_alone(model: nn.Module, case: Case, batch: Batch, *, with_peer: bool
     return attacks
 
 
-def memory(name: str, contenders: Mapping[str, Any], args: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of each contender, in MiB."""
+def memory(name: str, contenders: Mapping[str, Any], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Peak memory of each contender, in MiB, so many times."""
     options = ["--model", name, "--device", args.device, *(["--quick"] if args.quick else [])]
-    found = {which: memory_in_subprocess(__file__, which, *options) for which in contenders}
-    return {which: peak for which, peak in found.items() if peak is not None}
+    found: dict[str, list[float]] = {which: [] for which in contenders}
+    for _ in range(args.memory_repeats):
+        for which, own in found.items():
+            peak = memory_in_subprocess(__file__, which, *options)
+            own += [] if peak is None else [peak]
+    return {which: own for which, own in found.items() if own}
 
 
 def summary(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +254,7 @@ def summary(measured: Mapping[str, Any]) -> dict[str, Any]:
     usual = {name: statistics.median(itertools.chain(*rounds)) for name, rounds in steps.items()}
     candidates = [name for name in CAREFUL if name in usual]
     best = min(candidates, key=usual.__getitem__) if candidates else None
-    peaks = measured.get("peak_mebibytes", {})
+    peaks = {name: statistics.median(own) for name, own in measured.get("peak_mebibytes", {}).items()}
     rows = {}
     for name, seconds in usual.items():
         first = [own[0] for own in measured["step_seconds"][name]]
