@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -166,3 +167,48 @@ def test_fine_tuning_uses_it_with_the_engine_and_ends_the_same_without() -> None
     assert not any(seen["plain"])
     for name, tensor in ends["plain"].items():
         assert torch.allclose(tensor.double(), ends["fast"][name].double(), rtol=1e-9, atol=1e-11), name
+
+
+class Adapted(nn.Module):
+    """A frozen convolution whose weight is computed with a low-rank part that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3).requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.rand(2, 27)), nn.Parameter(torch.rand(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight + (self.up @ self.down).view(4, 3, 3, 3)
+        out: Tensor = self.conv._conv_forward(x, weight, self.conv.bias)
+        return out
+
+
+def test_a_weight_that_is_computed_gets_its_gradient() -> None:
+    torch.manual_seed(0)
+    net, x = Adapted().double(), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    ours, torchs = gradients(net, x, lean=True), gradients(net, x, lean=False)
+    assert len(ours) == len(torchs) == 4
+    assert all(torch.allclose(one, other, rtol=1e-12, atol=1e-14) for one, other in zip(ours, torchs, strict=True))
+
+
+class Checkpointed(Smooth):
+    """Runs its middle once more in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self[2](self[1](self[0](x)))
+        z = torch.utils.checkpoint.checkpoint(self[3], z, use_reentrant=False)
+        logits: Tensor = self[6](self[5](self[4](z)))
+        return logits
+
+
+def test_activation_checkpointing_goes_with_it() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.rand(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 4) for _ in range(2)]
+    ends = []
+    for engine in ("fast", "plain"):
+        torch.manual_seed(1)
+        net = Checkpointed().double()
+        adv_finetune(net, batches, epochs=1, attack=PGD(8 / 255, 2, 4 / 255), lr=0.1, progress=False, engine=engine)
+        ends.append(net.state_dict())
+    for name, tensor in ends[1].items():
+        assert torch.allclose(tensor.double(), ends[0][name].double(), rtol=1e-9, atol=1e-11), name

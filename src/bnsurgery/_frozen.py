@@ -52,7 +52,8 @@ def _is_frozen(module: nn.Module) -> bool:
 
 def _forward(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     mixed = torch.is_autocast_enabled(x.device.type)
-    if mixed or not x.requires_grad or not torch.is_grad_enabled() or x.dim() != weight.dim():
+    computed = weight.requires_grad or (bias is not None and bias.requires_grad)  # not the module's own, then
+    if computed or mixed or not x.requires_grad or not torch.is_grad_enabled() or x.dim() != weight.dim():
         plain: Tensor = type(module)._conv_forward(module, x, weight, bias)  # type: ignore[attr-defined]
         return plain
     options = (module.stride, module.padding, module.dilation, module.groups)

@@ -225,16 +225,19 @@ class Tuning:
                 x = self._mixed(x, y, clean)
                 if self._images_channels_last and x.dim() == 4:
                     x = channels_last(x) if last else x.contiguous()
-            with self._one_value_ends(watched):
-                self.model.train()
-                kept = nothing_kept(self.model) if self._lean else nullcontext()
-                with torch.set_grad_enabled(self.optimizer is not None), kept:
-                    logits = self._logits(x, before)
-                    check_labels(y, logits)
-                    loss = self.loss(logits, y).mean()
-            if not self._backward(loss):
-                self._warn("skipped", f"step {self.step}: the loss or a gradient is not finite; the step is skipped")
-                return "skipped"
+            # Until the backward pass is done: activation checkpointing runs parts of the model once more in it.
+            with nothing_kept(self.model) if self._lean else nullcontext():
+                with self._one_value_ends(watched):
+                    self.model.train()
+                    with torch.set_grad_enabled(self.optimizer is not None):
+                        logits = self._logits(x, before)
+                        check_labels(y, logits)
+                        loss = self.loss(logits, y).mean()
+                if not self._backward(loss):
+                    self._warn(
+                        "skipped", f"step {self.step}: the loss or a gradient is not finite; the step is skipped"
+                    )
+                    return "skipped"
             whole = True
         except _OneValue as error:
             self._warn("left out", f"step {self.step}: {error}; that batch is left out")
