@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, FusionError, NoBatchNormError
-from bnsurgery.folding import Affine, FusionPlan, fold_bn, fuse_bn, fused_parameters, plan_fusion
+from bnsurgery.folding import Affine, fold_bn
 from bnsurgery.freezing import freeze_except_bn
+from bnsurgery.fusion import FusionPlan, fuse_bn, fused_parameters, plan_fusion
 from networks import HEAVY, LIGHT, NETWORK_3D, RESNET20, SHARED, SMALL, Case, shake, small
 
 FrozenBatchNorm2d = torchvision.ops.FrozenBatchNorm2d

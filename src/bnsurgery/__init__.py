@@ -22,8 +22,9 @@ from bnsurgery.errors import (
 )
 from bnsurgery.evaluation import AttackRow, Evaluation, evaluate
 from bnsurgery.finetuning import EpochRecord, Finetuning, StepRecord, adv_finetune
-from bnsurgery.folding import Affine, FusionPlan, fold_bn, fuse_bn, plan_fusion
+from bnsurgery.folding import Affine, fold_bn
 from bnsurgery.freezing import Freeze, freeze_except_bn
+from bnsurgery.fusion import FusionPlan, fuse_bn, plan_fusion
 from bnsurgery.layers import bn_layers
 from bnsurgery.patches import bn_state, load_bn_patch, load_bn_state, save_bn_patch, swap_bn
 from bnsurgery.stats import Recalibration, recalibrate_bn, reset_bn_stats

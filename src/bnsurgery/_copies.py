@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnsurgery._modes import global_state
+from bnsurgery._modes import global_state, preserved
 from bnsurgery._tracing import leaves
 from bnsurgery.errors import FusionError
 from bnsurgery.layers import device_of, unwrap
@@ -18,6 +20,8 @@ _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, t
 """What outputs may differ by, relative to the largest: rounding, in a deep network."""
 _TF32 = 1e-2
 """The same for float32 on an accelerator, whose convolutions may round to 10 bits."""
+_COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+"""How a class may change what copy.deepcopy makes of it."""
 
 
 def evaluation_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -53,6 +57,71 @@ def evaluation_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.
                 f"copy.deepcopy copy {type(part).__name__}"
             )
     return private.eval()
+
+
+@contextmanager
+def by_itself(model: nn.Module) -> Iterator[None]:
+    """Raises where what runs in the block, a copy of the model, computes with the model's own parameters or buffers.
+
+    It does where a function is kept as an attribute that refers to the model: functions are not copied. Whatever
+    happens, the model is left as it was.
+
+    Raises:
+        FusionError: on leaving the block.
+    """
+    with preserved(model):
+        for module in model.modules():  # without model.eval(), which may be overridden to write to weights
+            module.training = False
+        watch = _Watch([*model.parameters(), *model.buffers()])
+        try:
+            with watch:
+                yield
+        finally:
+            if watch.met:
+                raise FusionError(
+                    f"a copy of {type(unwrap(model)).__name__} computes with the parameters or buffers of the model "
+                    "itself, and fusing is done on copies: a function that refers to the model is kept as an attribute "
+                    "(model.forward = torch.compile(model.forward), say); make it a method, or a forward hook"
+                )
+
+
+def is_faithful(model: nn.Module, copied: nn.Module, x: Tensor) -> bool:
+    """Whether a copy gives what the model does. The model is run for that only where classes say how to copy it."""
+    if not any(_copies_itself(module) for module in model.modules()):
+        return True
+    with torch.no_grad(), preserved(model):
+        for module in model.modules():
+            module.training = False
+        try:
+            _compare(unwrap(model), copied, x)
+        except FusionError:
+            return False
+    return True
+
+
+def _copies_itself(module: nn.Module) -> bool:
+    """Whether its class, unless it is one of torch's own, says how copy.deepcopy copies it."""
+    methods = [getattr(type(module), name, None) for name in _COPYING]
+    return any(
+        method is not getattr(nn.Module, name, None) and not getattr(method, "__module__", "").startswith("torch.")
+        for name, method in zip(_COPYING, methods, strict=True)
+    )
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether any of these tensors is computed with."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._own = {id(tensor) for tensor in tensors}
+        self.met = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.met = self.met or any(id(tensor) in self._own for tensor in leaves((args, kwargs), Tensor))
+        return func(*args, **kwargs)
 
 
 def arguments(example_input: Any) -> tuple[Any, ...]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -19,8 +18,8 @@ def nothing_kept(model: nn.Module) -> Iterator[None]:
     """For the block, convolutions whose weight and bias are frozen keep no input for the backward pass.
 
     torch keeps it, since the gradient of the weight may be asked for; where an activation function keeps its own input
-    (SiLU, GELU), the convolution behind it is then all that its output is kept for. Gradients are the same, and can be
-    taken once.
+    (SiLU, GELU), the convolution behind it is then all that its output is kept for. Gradients are the same, of any
+    order.
     """
     patched = [] if _is_compiled(model) else [module for module in model.modules() if _is_frozen(module)]
     for module in patched:
@@ -74,7 +73,6 @@ class _Convolution(torch.autograd.Function):
         return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0,) * len(stride), groups)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         shape, strides, dtype, device = ctx.like

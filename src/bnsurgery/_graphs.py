@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from bnsurgery._data import check_labels
+from bnsurgery._signature import settings
+from bnsurgery.attacks import PGD, Advance
+from bnsurgery.errors import BNSurgeryWarning
+
 WARM_UP = 3
 """Calls before the capture: libraries choose their algorithms and allocate their workspaces in the first ones."""
+MOST_CAPTURES = 5
+"""Of an attack that changes again and again: a capture costs several passes."""
 
 
 class Captured:
-    """A function of tensors of fixed shapes, captured; the tensors that it returns are written anew by each call."""
+    """A function of tensors of fixed shapes, captured; it returns tensors of their own with each call."""
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> None:
         """Captures it on inputs like these; weights that it reads may change in place between calls.
@@ -36,4 +45,52 @@ class Captured:
             if held.data_ptr() != given.data_ptr():
                 held.copy_(given)
         self._graph.replay()
-        return self._outputs
+        return tuple(output.clone() for output in self._outputs)  # the next replay writes to the same memory
+
+
+class Steps:
+    """The captured steps of attacks on one network, one for each shape of a batch."""
+
+    def __init__(self, net: Callable[[Tensor], Tensor], values: Callable[[], list[Tensor]]) -> None:
+        """``net`` takes inputs to logits (N, K), and reads ``values``, which may change in place alone."""
+        self._net, self._values = net, values
+        self._held: dict[Any, tuple[list[Any], Captured | None, int]] = {}
+        self._classes = 0
+
+    def clear(self) -> None:
+        """Forgets all: values were put in other places."""
+        self._held.clear()
+
+    def captured(
+        self, attack: PGD, start: Tensor, pixels: Tensor, labels: Tensor, dtype: torch.dtype
+    ) -> Advance | None:
+        """The attack's step in a CUDA graph, or None where it cannot be captured."""
+        if not self._classes:
+            with torch.no_grad():
+                self._classes = self._net(attack._inputs(pixels[:1]).to(dtype)).shape[1]
+        check_labels(labels, torch.empty((len(labels), self._classes), device="meta"))
+        # A callback may change the attack, and a captured step would not know.
+        key, now = (start.shape, start.dtype, dtype), settings(attack)
+        seen, step, captures = self._held.get(key, ([], None, 0))
+        if seen != now:
+            step = self._capture(attack, (start, pixels, labels), dtype) if captures < MOST_CAPTURES else None
+            self._held[key] = now, step, captures + 1
+        return cast("Advance | None", step)
+
+    def _capture(self, attack: PGD, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Captured | None:
+        held = [id(value) for value in self._values()]
+        try:
+            step = Captured(
+                lambda current, pixels, labels: attack.advance(self._net, current, pixels, labels, dtype), inputs
+            )
+            if held != [id(value) for value in self._values()]:
+                raise RuntimeError("the model makes a buffer anew in each pass")
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            warnings.warn(
+                f"the attack's step cannot be captured in a CUDA graph ({reason}): it runs without",
+                BNSurgeryWarning,
+                stacklevel=3,
+            )
+            return None
+        return step

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._copies import evaluation_copy
-from bnsurgery._modes import global_state
+from bnsurgery._modes import global_state, preserved
 from bnsurgery._tracing import leaves
 from bnsurgery.layers import device_of, has_statistics
 
@@ -29,7 +29,7 @@ def runs_channels_last(model: nn.Module, x: Tensor, *, modes: Sequence[bool], ho
     """
     if x.dim() != 4:
         return False
-    with suppress(Exception), torch.no_grad(), global_state(device_of(model), seed=0):
+    with suppress(Exception), torch.no_grad(), global_state(device_of(model), seed=0), preserved(model):
         for mode in modes:
             copy = evaluation_copy(model)
             for module in copy.modules():

@@ -1,4 +1,4 @@
-"""Why a BN layer cannot go into the layer that feeds it: the rules of :func:`bnsurgery.folding.plan_fusion`."""
+"""Why a BN layer cannot go into the layer that feeds it: the rules of :func:`bnsurgery.fusion.plan_fusion`."""
 
 from __future__ import annotations
 

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._copies import evaluation_copy, verify
-from bnsurgery._data import check_labels
-from bnsurgery._graphs import Captured
+from bnsurgery._graphs import Steps
 from bnsurgery._layouts import can_be_cut, channels_last, largest_activation, runs_channels_last
 from bnsurgery._modes import global_state
-from bnsurgery._signature import is_plain, signature, tensors
+from bnsurgery._signature import signature, tensors
 from bnsurgery._tracing import PRODUCERS
 from bnsurgery.attacks import PGD, evened
 from bnsurgery.engine import Engine
 from bnsurgery.errors import BNSurgeryWarning, FusionError
-from bnsurgery.folding import FusionPlan, apply_plan, fused_factors, plan_fusion
+from bnsurgery.fusion import FusionPlan, apply_plan, fused_factors, plan_fusion
 from bnsurgery.layers import device_of, named_modules
 
 CACHE = 8 * 2**20
@@ -74,8 +73,7 @@ class Replica:
         self._link()
         run: Any = torch.compile(self._copy) if compile else self._copy
         self.net = _Net(run, self)
-        self._graphs: dict[Any, Any] = {}
-        self.classes = 0
+        self._steps = Steps(self.net.part, lambda: [getattr(own, name) for _, own, name in self._others])
 
     def refresh(self) -> bool:
         """Writes the live model's values into the copy, in place; False where the live model is no longer the same.
@@ -93,22 +91,23 @@ class Replica:
                 targets.append(target.bias)  # type: ignore[arg-type]
             for module, own, name in self._others:
                 source, held = getattr(module, name), getattr(own, name)
-                if source.shape == held.shape:
+                if source.shape == held.shape and _writable(held):
                     sources.append(source.detach())
                     targets.append(held.detach())
                 else:  # a pass has made it anew
                     own._buffers[name] = source.detach().to(held.dtype, copy=True)
-                    self._graphs.clear()
+                    self._steps.clear()
             if sources:
                 torch._foreach_copy_(targets, sources)
-            for module, own, name in self._attributes:
-                value = vars(module).get(name)
-                held = vars(own)[name]
-                if isinstance(value, Tensor) and value.shape == held.shape:
+            for module, own, name, dtype in self._attributes:
+                value, held = vars(module).get(name), vars(own).get(name)
+                if not isinstance(value, Tensor):
+                    continue
+                if isinstance(held, Tensor) and _writable(held) and (held.shape, held.dtype) == (value.shape, dtype):
                     held.detach().copy_(value)
-                elif isinstance(value, Tensor):
-                    vars(own)[name] = value.detach().to(held.dtype, copy=True)
-                    self._graphs.clear()
+                else:  # a pass has put another value there, or none
+                    vars(own)[name] = value.detach().to(dtype, copy=True)
+                    self._steps.clear()
         return True
 
     def serves(self, x: Tensor, example: Tensor) -> bool:
@@ -146,36 +145,9 @@ class Replica:
         ):
             advance = None
             if self.engine.cuda_graph and own.is_cuda and attack.steps:
-                advance = self._captured(attack, start, own, labels, dtype)
+                advance = self._steps.captured(attack, start, own, labels, dtype)
             found.append(attack.search(self.net.part, own, labels, start, dtype, advance))
         return torch.cat(found)
-
-    def _captured(self, attack: PGD, start: Tensor, own: Tensor, labels: Tensor, dtype: torch.dtype) -> Any:
-        """The attack's step in a CUDA graph, or None where it cannot be captured."""
-        if not self.classes:
-            with torch.no_grad():
-                self.classes = self.net.part(attack._inputs(own[:1]).to(dtype)).shape[1]
-        check_labels(labels, torch.empty((len(labels), self.classes), device="meta"))
-        # A callback may change the attack, and a captured step would not know.
-        key = (*(item for item in vars(attack).items() if is_plain(item[1])), attack.loss, start.shape, start.dtype)
-        if key not in self._graphs:
-            held = [id(getattr(copy, name)) for _, copy, name in self._others]
-            try:
-                self._graphs[key] = Captured(
-                    lambda current, pixels, y: attack.advance(self.net.part, current, pixels, y, dtype),
-                    (start, own, labels),
-                )
-                if held != [id(getattr(copy, name)) for _, copy, name in self._others]:
-                    raise RuntimeError("the model makes a buffer anew in each pass")
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                warnings.warn(
-                    f"the attack's step cannot be captured in a CUDA graph ({reason}): it runs without",
-                    BNSurgeryWarning,
-                    stacklevel=2,
-                )
-                self._graphs[key] = None
-        return self._graphs[key]
 
     def _settle(self, x: Tensor, example: Tensor) -> None:
         """Finds out how much can be fused, and whether batches can be cut, with the model's logits as they were."""
@@ -244,7 +216,8 @@ class Replica:
             copy = evaluation_copy(fused)
             lower(copy, self.dtype)
             try:
-                _forward(copy, example)
+                if not _is_finite(copy, example) and _is_finite(fused, example):
+                    raise ArithmeticError("its logits or their gradients are not finite")
                 return copy
             except Exception as failure:
                 error = failure
@@ -260,15 +233,17 @@ class Replica:
         self._pairs = [(live[producer], live[name]) for producer, name in self.plan.fused]
         self._targets = [copies[producer] for producer, _ in self.plan.fused]
         self._others: list[tuple[nn.Module, nn.Module, str]] = []
-        self._attributes: list[tuple[nn.Module, nn.Module, str]] = []
+        self._attributes: list[tuple[nn.Module, nn.Module, str, torch.dtype]] = []
         for name, module in live.items():
             if name in gone or name not in copies:
                 continue
             held = tensors(copies[name])
             for key in tensors(module):
                 if key in held and not (name in fused and key in ("weight", "bias")):
-                    own = self._attributes if key in vars(module) else self._others
-                    own.append((module, copies[name], key))
+                    if key in vars(module):
+                        self._attributes.append((module, copies[name], key, held[key].dtype))
+                    else:
+                        self._others.append((module, copies[name], key))
 
 
 class _Net(nn.Module):
@@ -321,6 +296,13 @@ def planned(model: nn.Module, example: Tensor, engine: Engine) -> FusionPlan:
         return FusionPlan(())
 
 
+def _writable(held: Tensor) -> bool:
+    """Whether each entry has a place in memory of its own."""
+    if held.layout != torch.strided:
+        return True
+    return not any(stride == 0 and size > 1 for stride, size in zip(held.stride(), held.shape, strict=True))
+
+
 def _multiply(weight: Tensor, scale: Tensor, held: Tensor) -> None:
     """Writes the product where it is held, in the way that is fastest for its dtype and layout."""
     if held.dtype == scale.dtype:
@@ -362,10 +344,10 @@ def _round_all(copy: nn.Module, dtype: torch.dtype) -> None:
     )
 
 
-def _forward(copy: nn.Module, x: Tensor) -> Tensor:
-    """The output of a forward and a backward pass, to see that both can be done."""
+def _is_finite(copy: nn.Module, x: Tensor) -> bool:
+    """Whether a forward and a backward pass, which can be done, give nothing but numbers."""
     x = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         logits: Tensor = copy(x)
-        torch.autograd.grad(logits.float().sum(), x, allow_unused=True)
-    return logits.detach()
+        (gradient,) = torch.autograd.grad(logits.float().sum(), x, allow_unused=True)
+    return all(bool(tensor.isfinite().all()) for tensor in (logits, gradient) if tensor is not None)

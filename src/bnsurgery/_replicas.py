@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnsurgery._copies import evaluation_copy
+from bnsurgery._copies import by_itself, evaluation_copy, is_faithful
 from bnsurgery._modes import global_state
 from bnsurgery._replica import Replica, planned
 from bnsurgery.adapters import check_attack, craft, is_around, is_autoattack, is_torchattacks
@@ -80,10 +80,19 @@ def _example(model: nn.Module, x: Tensor) -> Tensor | None:
     """
     for example in (x[:2], x):
         copy = evaluation_copy(model)
-        with suppress(Exception), torch.no_grad(), global_state(device_of(model), seed=0):
-            logits = copy(example.detach().clone())
-            if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(example):
-                return example.detach().clone()
+        logits = None
+        with torch.no_grad(), global_state(device_of(model), seed=0):
+            with by_itself(model), suppress(Exception):
+                copy(example.detach().clone())
+            with suppress(Exception):
+                logits = copy(example.detach().clone())
+        if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(example):
+            if not is_faithful(model, copy, example):
+                raise FusionError(
+                    f"a copy of {type(model).__name__} does not compute what it does itself: make copy.deepcopy copy "
+                    "parameters, hooks and attributes"
+                )
+            return example.detach().clone()
     return None
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ _PLAIN = frozenset((bool, int, float, str, type(None)))
 _CONTAINERS = frozenset((dict, OrderedDict, list, set))
 _SKIPPED = frozenset(("_parameters", "_buffers", "_modules", "training", "track_running_stats"))
 _SKIPPED_OF_BN = _SKIPPED | {"momentum"}
+_DEEPEST = 8
+"""How far settings are followed that hold settings."""
 
 
 def signature(model: nn.Module) -> list[Any]:
@@ -22,6 +26,7 @@ def signature(model: nn.Module) -> list[Any]:
     # It is taken before each batch: flat, since each container made here would be work for the garbage collector.
     parts: list[Any] = []
     add = parts.append
+    own: set[int] | None = None
     for module in model.modules():
         add(_Same(module) if type(module).__eq__ is not object.__eq__ else module)
         add(type(module))
@@ -35,11 +40,22 @@ def signature(model: nn.Module) -> list[Any]:
                 add(value)
             elif not ((kind in _CONTAINERS and not value) or isinstance(value, Tensor)):
                 add(name)
-                add(_account(value))
+                if own is None:
+                    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+                add(_account(value, own))
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
                     parts += (name, tensor.shape, tensor.dtype, tensor.device)
+    return parts
+
+
+def settings(attack: object) -> list[Any]:
+    """The class of an attack and its attributes but private ones: equal only where none has changed."""
+    parts: list[Any] = [type(attack)]
+    for name, value in vars(attack).items():
+        if not name.startswith("_"):
+            parts += (name, value.tolist() if isinstance(value, Tensor) else _account(value, frozenset()))
     return parts
 
 
@@ -57,7 +73,7 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, buffers and tensors held as plain attributes."""
     own = vars(module)
     held = {**own["_parameters"], **own["_buffers"]}
-    held.update({name: value for name, value in own.items() if isinstance(value, Tensor) and value.is_leaf})
+    held.update({name: value for name, value in own.items() if isinstance(value, Tensor)})
     return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
@@ -75,23 +91,37 @@ class _Same:
     __hash__ = object.__hash__
 
 
-def _account(value: object) -> Any:
-    """A value that is equal to another account only where nothing has changed."""
-    if type(value) in _PLAIN:
+def _account(value: object, own: Set[int], depth: int = 0) -> Any:
+    """A value that is equal to another account only where nothing has changed.
+
+    Args:
+        value: an attribute, or what is in one.
+        own: ids of the model's parameters and buffers, whose values are not looked at.
+        depth: how many objects with attributes of their own the value is in.
+    """
+    kind = type(value)
+    if kind in _PLAIN:
         return value
     if isinstance(value, (list, tuple)):
-        return [type(value), *map(_account, value)]
+        return [kind, *(_account(item, own, depth) for item in value)]
     if isinstance(value, (set, frozenset)):
-        return type(value), frozenset(value)
+        return kind, frozenset(value)
     if isinstance(value, Mapping):
-        return [type(value), *((key, _account(item)) for key, item in value.items())]
-    if isinstance(value, Tensor):
-        return _Same(value), value._version
+        return [kind, *((key, _account(item, own, depth)) for key, item in value.items())]
+    if isinstance(value, Tensor):  # those made in inference mode count no versions
+        return _Same(value), None if id(value) in own or value.is_inference() else value._version
     if isinstance(value, np.ndarray):
         return value.shape, value.dtype.str, value.tobytes()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [
-            _Same(value),
-            *((field.name, _account(getattr(value, field.name))) for field in dataclasses.fields(value)),
-        ]
-    return _Same(value)
+    if isinstance(value, type) or not _is_followed(value, depth):
+        return _Same(value)
+    fields: dict[str, Any] = dict(getattr(value, "__dict__", ()))
+    if dataclasses.is_dataclass(value):  # one with slots has no __dict__; a field may be without a value
+        fields |= {field.name: getattr(value, field.name, dataclasses.MISSING) for field in dataclasses.fields(value)}
+    return [_Same(value), *((name, _account(item, own, depth + 1)) for name, item in fields.items())]
+
+
+def _is_followed(value: object, depth: int) -> bool:
+    """Whether attributes of an object count. Settings may be nested; anything else may lead to half the process."""
+    if dataclasses.is_dataclass(value) or isinstance(value, (Namespace, SimpleNamespace)):
+        return depth < _DEEPEST
+    return depth == 0 and not callable(value)

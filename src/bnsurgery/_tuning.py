@@ -267,7 +267,12 @@ class Tuning:
         if not self._images_channels_last or x.dim() != 4:
             return False
         if x.shape[1:] not in self._layouts:
-            self._layouts[x.shape[1:]] = runs_channels_last(self.root, x[:2], modes=(False, True), hooks=False)
+            if len(x) < 2:  # one example may not do in training mode, which says nothing of larger batches
+                return False
+            # In training mode SyncBatchNorm waits for the other processes, which need not be trying this out.
+            alone = not any(isinstance(module, nn.SyncBatchNorm) for module in self.root.modules())
+            modes = (False, True) if alone else (False,)
+            self._layouts[x.shape[1:]] = runs_channels_last(self.root, x[:2], modes=modes, hooks=False)
         return self._layouts[x.shape[1:]]
 
     def _mixed(self, x: Tensor, y: Tensor, clean: int) -> Tensor:

@@ -1,0 +1,428 @@
+"""What makes a copy fit or not: what models keep as attributes, and how they are copied."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bnsurgery._graphs
+from bnsurgery import PGD, BNSurgeryWarning, Engine, FusionError, adv_finetune, fuse_bn, plan_fusion
+from bnsurgery._graphs import MOST_CAPTURES, Steps
+from bnsurgery._layouts import runs_channels_last
+from bnsurgery._replicas import Replicas, craft_on_copy
+from bnsurgery._signature import signature
+from odd_networks import Build, Net, batches, wide
+from test_attacks import World
+from test_engine import SHORT, assert_same, replica_of, tuned
+
+# Functions that are kept as attributes and refer to the model.
+
+
+def with_forward_compiled() -> nn.Module:
+    model = Net()
+    model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+    return model
+
+
+def with_closure(path: str) -> Build:
+    def make() -> nn.Module:
+        model = Net()
+        *parents, name = path.split(".")
+        owner = model.get_submodule(".".join(parents))
+        old = getattr(owner, name)
+        setattr(owner, name, lambda x: 2 * old(x))
+        return model
+
+    return make
+
+
+CLOSURES: dict[str, Build] = {
+    "compiled forward": with_forward_compiled,
+    "model": with_closure("forward"),
+    "method": with_closure("neck"),
+    "convolution": with_closure("conv2.forward"),
+    "BN": with_closure("bn2.forward"),
+}
+
+
+@pytest.mark.parametrize("name", CLOSURES)
+def test_a_function_that_refers_to_the_model_is_no_way_around_the_copy(name: str) -> None:
+    build = wide(CLOSURES[name])
+    with pytest.warns(BNSurgeryWarning, match="live model.*a function that refers to the model") as caught:
+        fast, made = tuned(build, batches(6, 6, 6))
+    assert len(caught) == 1
+    plain, seen = tuned(build, batches(6, 6, 6), engine="plain")
+    assert all(torch.allclose(one, other, rtol=0, atol=1e-9) for one, other in zip(made, seen, strict=True))
+    assert all(torch.allclose(plain[key].double(), fast[key].double(), rtol=1e-7, atol=1e-9) for key in plain)
+    assert int(fast["bn1.num_batches_tracked"]) == int(build().bn1.num_batches_tracked) + 3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", CLOSURES)
+@pytest.mark.parametrize("training", [False, True])
+def test_such_a_model_is_not_touched(name: str, training: bool) -> None:
+    model, ((x, _),) = wide(CLOSURES[name])().train(training), batches(6)
+    world = World(model)
+    for call in (fuse_bn, plan_fusion):
+        with pytest.raises(FusionError, match="a function that refers to the model is kept as an attribute"):
+            call(model, x)
+        assert world.unchanged()
+    with pytest.warns(BNSurgeryWarning, match="on the live model"):
+        assert Replicas(model, Engine(), dtype=None, compile=False).fresh(x) is None
+    assert world.unchanged()
+    runs_channels_last(model, x, modes=(False, True), hooks=True)
+    assert world.unchanged()
+
+
+def test_a_plan_made_elsewhere_is_no_way_around_it_either() -> None:
+    ((x, _),) = batches(6)
+    plan = plan_fusion(wide(Net)(), x)
+    model = wide(with_closure("forward"))().train()
+    world = World(model)
+    with pytest.raises(FusionError, match="a function that refers to the model"):
+        fuse_bn(model, x, plan=plan)
+    assert world.unchanged()
+
+
+def test_bound_methods_are_copied() -> None:
+    def make() -> nn.Module:
+        model = Net()
+        model.forward = types.MethodType(lambda self, x: 2 * Net.forward(self, x), model)  # type: ignore[method-assign]
+        return model
+
+    assert_same(wide(make), batches(6, 6, 6))
+
+
+# What a pass leaves behind.
+
+
+class Forgetting(Net):
+    """Keeps its features in training mode, and puts them away in evaluation mode."""
+
+    features: Tensor | None = None
+
+    def neck(self, z: Tensor) -> Tensor:
+        z = super().neck(z)
+        self.features = z.detach() if self.training else None
+        return z
+
+
+class Deleting(Net):
+    def neck(self, z: Tensor) -> Tensor:
+        z = super().neck(z)
+        if self.training:
+            self.features = z.detach()
+        elif hasattr(self, "features"):
+            del self.features
+        return z
+
+
+class ExpandedAttribute(Net):
+    """A plain tensor whose entries share their memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.full((1,), 0.1, dtype=torch.float64).expand(6)
+
+    def neck(self, z: Tensor) -> Tensor:
+        return super().neck(z + self.shift.view(-1, 1, 1).to(z))
+
+
+class Caching(Net):
+    """A weight that a trained gain makes, kept from the last training step for evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(6))
+        self.kept: Tensor | None = None
+
+    def neck(self, z: Tensor) -> Tensor:
+        if self.training or self.kept is None:
+            self.kept = self.conv2.weight * (3 * self.gain).view(-1, 1, 1, 1)
+        return F.relu(self.bn2(F.conv2d(z, self.kept, padding=1)))
+
+
+class Recurrent(Net):
+    """An LSTM, which keeps a list of its own parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 6, batch_first=True)
+
+    def neck(self, z: Tensor) -> Tensor:
+        z = super().neck(z)
+        return self.lstm(z.flatten(2).transpose(1, 2))[0].transpose(1, 2).unflatten(2, z.shape[2:])
+
+
+class Listing(Net):
+    """Lists of its own parameters and statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gammas = [self.bn1.weight, self.bn2.weight]
+        self.means = (self.bn1.running_mean, self.bn2.running_mean)
+
+
+class Gridded(Net):
+    """Grids by shape, made where they are first asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grids: dict[int, Tensor] = {}
+        self.grid: Tensor | None = None
+
+    def neck(self, z: Tensor) -> Tensor:
+        if z.shape[-1] not in self.grids:
+            self.grids[z.shape[-1]] = torch.linspace(0, 1, z.shape[-1], dtype=z.dtype)
+        self.grid = self.grids[z.shape[-1]] if self.grid is None else self.grid
+        return super().neck(z + self.grids[z.shape[-1]] + self.grid)
+
+
+def used_in_inference_mode() -> nn.Module:
+    model = Gridded().double().eval()
+    with torch.inference_mode():
+        model(batches(2)[0][0])
+    return model
+
+
+@dataclass
+class Settings:
+    slope: float = 0.1
+    later: list[int] = dataclasses.field(init=False)
+
+
+@dataclass
+class Nested:
+    inner: Settings = dataclasses.field(default_factory=Settings)
+
+
+class Plain:
+    """Settings in an object of any class."""
+
+    def __init__(self) -> None:
+        self.slope = 0.1
+
+
+class Configured(Net):
+    def __init__(self, config: object) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.slope = getattr(self.config, "inner", self.config).slope
+        return super().forward(x)
+
+
+KEPT: dict[str, tuple[Build, dict[str, object]]] = {
+    "features put away": (Forgetting, {}),
+    "features deleted": (Deleting, {}),
+    "expanded": (ExpandedAttribute, {}),
+    "weight kept with its graph": (Caching, {"also": ("gain",), "lr": 1.0}),
+    "list of parameters of a trained LSTM": (Recurrent, {"also": ("lstm.*",)}),
+    "lists of parameters and buffers": (Listing, {}),
+    "tensors of inference mode": (used_in_inference_mode, {}),
+    "field without a value": (lambda: Configured(Settings()), {}),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_whatever_a_model_keeps(name: str) -> None:
+    build, options = KEPT[name]
+    assert_same(wide(build), batches(*[6] * 8), **options)  # a warning, that copies are no use, would be an error
+
+
+@pytest.mark.parametrize(
+    "config", [Settings, Nested, Plain, lambda: SimpleNamespace(slope=0.1), lambda: argparse.Namespace(slope=0.1)]
+)
+def test_settings_that_change_are_followed(config: Callable[[], object]) -> None:
+    def change(_found: object, model: nn.Module) -> None:
+        vars(getattr(model.config, "inner", model.config))["slope"] = -0.5
+
+    assert_same(wide(lambda: Configured(config())), batches(6, 6), epochs=2, callbacks=[change])
+    model = wide(lambda: Configured(config()))()
+    before = signature(model)
+    assert signature(model) == before
+    change(None, model)
+    assert signature(model) != before
+
+
+def test_a_first_batch_of_one_settles_no_layout() -> None:
+    class Pooled(Net):
+        """Cannot be trained on one example alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn3 = nn.BatchNorm1d(6)
+
+        def neck(self, z: Tensor) -> Tensor:
+            return self.bn3(super().neck(z).mean((2, 3)))[:, :, None, None]
+
+    layouts: dict[int, bool] = {}
+    model = wide(Pooled)()
+    model.register_forward_pre_hook(
+        lambda module, inputs: (
+            layouts.update({len(inputs[0]): inputs[0].is_contiguous(memory_format=torch.channels_last)})
+            if module.training
+            else None
+        )
+    )
+    with pytest.warns(BNSurgeryWarning, match="one value per channel"):
+        adv_finetune(model, batches(1, 6), epochs=1, attack=SHORT, progress=False)
+    assert layouts[6]
+
+
+# Classes that copy themselves.
+
+
+class Remade(Net):
+    def __deepcopy__(self, memo: dict[int, object]) -> Net:
+        other = type(self)().to(self.head.weight.dtype)
+        memo[id(self)] = other
+        return other
+
+
+class Reloaded(Net):
+    """Its values are copied, nothing else."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Net:
+        other = type(self)().to(self.head.weight.dtype)
+        other.load_state_dict(self.state_dict())
+        memo[id(self)] = other
+        return other
+
+
+def reloaded_with_hook() -> nn.Module:
+    model = Reloaded()
+    model.bn1.register_forward_hook(lambda _module, _inputs, output: 1.5 * output)
+    return model
+
+
+def reloaded_with_slope() -> nn.Module:
+    model = Reloaded()
+    model.slope = 0.9
+    return model
+
+
+@pytest.mark.parametrize("make", [Remade, reloaded_with_hook, reloaded_with_slope])
+def test_a_copy_that_computes_something_else_is_not_attacked(make: Build) -> None:
+    with pytest.warns(BNSurgeryWarning, match="live model.*does not compute what it does itself") as caught:
+        fast, made = tuned(wide(make), batches(6, 6, 6))
+    assert len(caught) == 1
+    plain, seen = tuned(wide(make), batches(6, 6, 6), engine="plain")
+    assert all(torch.allclose(one, other, rtol=0, atol=1e-9) for one, other in zip(made, seen, strict=True))
+    assert all(torch.allclose(plain[key].double(), fast[key].double(), rtol=1e-7, atol=1e-9) for key in plain)
+
+
+def test_a_model_is_not_run_where_torch_copies_it() -> None:
+    model, ((x, _),) = wide(Recurrent)(), batches(6)
+    calls: list[int] = []
+    model.register_forward_hook(lambda module, _inputs, _output: calls.append(id(module)))
+    replica_of(model, x)
+    assert id(model) not in calls
+
+
+# Numbers that a precision does not hold.
+
+
+class Large(Net):
+    """Activations that are infinite in float16."""
+
+    def neck(self, z: Tensor) -> Tensor:
+        return super().neck(3e5 * z)
+
+
+def test_a_copy_whose_numbers_overflow_is_not_attacked() -> None:
+    model, ((x, y),) = wide(Large)().float().eval(), batches(6, dtype=torch.float32)
+    with pytest.warns(BNSurgeryWarning, match="own precision.*float16.*not finite"):
+        replica = replica_of(model, x, dtype=torch.float16)
+    made = craft_on_copy(replica, SHORT, x, y, generator=torch.Generator().manual_seed(3))
+    plain = SHORT(model, x, y, generator=torch.Generator().manual_seed(3))
+    assert float(((made - plain).abs() > 1e-6).double().mean()) < 0.01
+    assert replica_of(model, x, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+# Captured steps: which one stands for which attack. (That they compute the same is tested on a GPU.)
+
+
+class Recorded:
+    """In the place of a captured step: what it was made of."""
+
+    made = 0
+
+    def __init__(self, function: Callable[..., object], inputs: tuple[Tensor, ...]) -> None:
+        Recorded.made += 1
+        self.outputs = function(*inputs)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    monkeypatch.setattr(bnsurgery._graphs, "Captured", Recorded)
+    Recorded.made = 0
+    return Steps(wide(Net)().eval(), list)
+
+
+class Other(PGD):
+    pass
+
+
+@dataclass
+class Margin:
+    """A loss with a setting, and so without a hash."""
+
+    weight: float = 1.0
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        return self.weight * F.cross_entropy(logits, y, reduction="none")
+
+
+def test_an_attack_that_is_the_same_uses_its_step_again(steps: Steps) -> None:
+    ((x, y), (fewer, own)) = batches(6, 4)
+    scaled = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 0.5, 1.0], "loss": Margin()}
+    first = steps.captured(PGD(0.1, 3, **scaled), x, x, y, x.dtype)
+    assert steps.captured(PGD(0.1, 3, **scaled), x, x, y, x.dtype) is first
+    assert Recorded.made == 1
+    assert steps.captured(PGD(0.1, 3, **scaled), fewer, fewer, own, x.dtype) is not first
+    assert steps.captured(PGD(0.1, 3, **scaled), x, x, y, x.dtype) is first
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        PGD(0.2, 3),
+        PGD(0.1, 3, targeted=True),
+        PGD(0.1, 3, loss=Margin()),
+        PGD(0.1, 3, mean=[0.4] * 3, std=[1.0] * 3),
+        Other(0.1, 3),
+    ],
+    ids=["eps", "targeted", "loss", "mean", "class"],
+)
+def test_another_attack_gets_a_step_of_its_own(other: PGD, steps: Steps) -> None:
+    ((x, y),) = batches(6)
+    first = steps.captured(PGD(0.1, 3), x, x, y, x.dtype)
+    second = steps.captured(other, x, x, y, x.dtype)
+    assert second is not first
+    assert steps.captured(other, x, x, y, x.dtype) is second
+
+
+def test_a_setting_of_a_loss_that_changes_is_seen(steps: Steps) -> None:
+    ((x, y),) = batches(6)
+    attack = PGD(0.1, 3, loss=Margin())
+    first = steps.captured(attack, x, x, y, x.dtype)
+    attack.loss.weight = 2.0  # type: ignore[attr-defined]
+    assert steps.captured(attack, x, x, y, x.dtype) is not first
+
+
+def test_an_attack_that_always_changes_is_not_captured_for_ever(steps: Steps) -> None:
+    ((x, y),) = batches(6)
+    found = [steps.captured(PGD(0.01 * eps, 3), x, x, y, x.dtype) for eps in range(1, 20)]
+    assert Recorded.made == MOST_CAPTURES
+    assert None not in found[:MOST_CAPTURES]
+    assert found[MOST_CAPTURES:] == [None] * (19 - MOST_CAPTURES)
