@@ -179,6 +179,11 @@ def _compare(original: nn.Module, fused: nn.Module, example_input: Any) -> None:
         )
 
 
+def differs(actual: Tensor, expected: Tensor) -> bool:
+    """Whether logits differ by more than the rounding of their dtype."""
+    return _relative_error(actual, expected) > _TOLERANCES.get(expected.dtype, 0.0)
+
+
 def _outputs(model: nn.Module, example_input: Any, which: str) -> list[Tensor]:
     try:
         with torch.no_grad(), global_state(device_of(model), seed=0):

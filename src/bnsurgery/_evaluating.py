@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bnsurgery._data import check_labels
-from bnsurgery._geometry import Norm, distance
+from bnsurgery._geometry import Norm, column, distance
+from bnsurgery._packing import Inside, Packed
 from bnsurgery._replica import Replica
 from bnsurgery._replicas import Replicas, can_attack_a_copy, craft_on_copy
 from bnsurgery.adapters import (
@@ -184,10 +185,20 @@ class Run:
         """The copy that attacks run on, where there is one."""
         return None if self._replicas is None else self._replicas.fresh(self.x[: self.batch_size].to(self.device))
 
-    def craft(self, attack: Any, rows: Tensor, generator: torch.Generator) -> Tensor:
+    def _packed(self, rows: Tensor, inside: Inside, eps: float, norm: Norm) -> Packed | None:
+        """The copy, for an attack that asks of each example for one adversarial point; None where there can be none."""
+        if self.replica is None:
+            return None
+        x, y = self.x[rows].to(self.device), self.y[rows].to(self.device)
+        return Packed(self.replica.net, x, y, inside) if Packed.suits(self.replica.net, x, eps, norm) else None
+
+    def craft(self, attack: Any, rows: Tensor, generator: torch.Generator, packed: Packed | None = None) -> Tensor:
         """Adversarial examples of these rows, on the CPU."""
         x, y = self.x[rows].to(self.device), self.y[rows].to(self.device)
         size = self.batch_size
+        if packed is not None:
+            made = craft(attack, packed, x, y, generator=generator, batch_size=size)
+            return torch.where(column(packed.broken, made), packed.found, made).cpu()
         if not can_attack_a_copy(attack, self.model) or self.replica is None:
             return craft(attack, self.model, x, y, generator=generator, batch_size=size).cpu()
         return craft_on_copy(self.replica, attack, x, y, generator=generator, batch_size=size).cpu()
@@ -199,15 +210,21 @@ class Run:
         began = time.perf_counter()
         left = self.robust.nonzero().flatten()
         generator = torch.Generator().manual_seed(seed)
+
+        def inside(x: Tensor, made: Tensor) -> Tensor:
+            return _valid(x, made, eps, norm, bounds)
+
+        own = name in ("apgd-ce", "apgd-t") and is_autoattack(attack) and attack.attacks_to_run == [name]
         # AutoAttack cuts its batches itself, and starts its seed anew for each.
-        size = len(left) if is_autoattack(attack) else self.batch_size
+        size = len(left) if is_autoattack(attack) and not own else self.batch_size
         broken = rejected = 0
         bar = tqdm(total=len(left), desc=name, unit="img", disable=not (progress and len(left)), leave=False)
         with bar:
             for rows in torch.split(left, size) if len(left) else ():
                 x = self.x[rows]
-                made = self.craft(attack, rows, generator)
-                valid = _valid(x, made, eps, norm, bounds)
+                packed = self._packed(rows, inside, eps, norm) if own else None
+                made = self.craft(attack, rows, generator, packed)
+                valid = inside(x, made)
                 wrong = ~self.right(rows, made)
                 count = valid & wrong
                 self.adversarial[rows[count]] = made[count]

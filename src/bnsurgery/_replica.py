@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._copies import evaluation_copy, verify
+from bnsurgery._fixed import fix
 from bnsurgery._graphs import Steps
 from bnsurgery._layouts import can_be_cut, channels_last, largest_activation, runs_channels_last
 from bnsurgery._modes import global_state
@@ -23,8 +24,8 @@ from bnsurgery.errors import BNSurgeryWarning, FusionError
 from bnsurgery.fusion import FusionPlan, apply_plan, fused_factors, plan_fusion
 from bnsurgery.layers import device_of, named_modules
 
-CACHE = 8 * 2**20
-"""Bytes of the largest activation that a chunk may have on a CPU: it then stays in the cache between two layers."""
+CACHE = {2: 16 * 2**20, 4: 4 * 2**20}
+"""Bytes of the largest activation that a chunk may have on a CPU, by those of an entry; more is slower there."""
 FEWEST = 16
 """Examples below which small layers leave the cores idle."""
 
@@ -69,6 +70,8 @@ class Replica:
         with global_state(device_of(model), seed=0):
             self._settle(x, example)
             self._copy = self._lowered(self._fused(), example)
+            if not compile:  # the compiler finds out by itself
+                fix(self._copy)
         self._seen = signature(model)
         self._link()
         run: Any = torch.compile(self._copy) if compile else self._copy
@@ -128,7 +131,7 @@ class Replica:
             return 1
         if size == "auto":
             largest = self._largest.get(tuple(x.shape[1:])) or max(self._largest.values())
-            size = max(FEWEST, CACHE // largest)
+            size = max(FEWEST, CACHE[4 if self.dtype is None else self.dtype.itemsize] // largest)
         return max(math.ceil(len(x) / size), 1)
 
     def laid_out(self, x: Tensor) -> Tensor:

@@ -83,9 +83,11 @@ def _example(model: nn.Module, x: Tensor) -> Tensor | None:
         logits = None
         with torch.no_grad(), global_state(device_of(model), seed=0):
             with by_itself(model), suppress(Exception):
-                copy(example.detach().clone())
-            with suppress(Exception):
                 logits = copy(example.detach().clone())
+            if logits is None:  # what is compiled inside it may not run while it is watched
+                copy = evaluation_copy(model)
+                with suppress(Exception):
+                    logits = copy(example.detach().clone())
         if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(example):
             if not is_faithful(model, copy, example):
                 raise FusionError(
