@@ -39,7 +39,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of the full CIFAR-10, downloaded there if missing")
     parser.add_argument("--network", type=Path, help="a network of train_resnet20.py (default: the shipped one)")
     parser.add_argument("--width", type=positive, default=16, help="base width of the network (default: 16)")
-    parser.add_argument("--epochs", type=positive, help="default: 8 on the sample, 2 on the full set")
+    parser.add_argument("--epochs", type=positive, help="default: 5 on the sample, 2 on the full set")
     parser.add_argument("--examples", type=positive, default=128, help="test images to measure on (default: 128)")
     parser.add_argument(
         "--validate", action="store_true", help="measure on the last training images, left out of training: to choose"
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.validate:
         test = floats(train_x[-count:]), train_y[-count:]
         train_x, train_y = train_x[:-count], train_y[:-count]
-    epochs = args.epochs or (2 if args.quick or args.data else 8)
+    epochs = args.epochs or (2 if args.quick or args.data else 5)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     curve = [before[0]]
     batches = Batches(train_x, train_y, batch_size=64, augment=True, drop_last=True, device=args.device)
     settings = {"epochs": epochs, "train": "bn", "lr": args.lr, "weight_decay": 0, "schedule": "cosine"}
-    attack = PGD(EPS, steps=4, step_size=3 / 255)
+    attack = PGD(EPS, steps=3, step_size=3 / 255)
     run = adv_finetune(
         model,
         batches,
