@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,32 @@ def with_closure(path: str) -> Build:
     return make
 
 
+class Dropping(Net):
+    """Dropout within a function: it has no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+        self.act = lambda z: self.drop(F.relu(z))
+
+    def neck(self, z: Tensor) -> Tensor:
+        return self.act(super().neck(z))
+
+
+class Peeking(Net):
+    """A function that takes values of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = lambda z: z + self.conv1.weight.data.mean()
+
+    def neck(self, z: Tensor) -> Tensor:
+        return super().neck(self.shift(z))
+
+
 CLOSURES: dict[str, Build] = {
+    "dropout": Dropping,
+    "data": Peeking,
     "compiled forward": with_forward_compiled,
     "model": with_closure("forward"),
     "method": with_closure("neck"),
@@ -54,13 +80,27 @@ CLOSURES: dict[str, Build] = {
 }
 
 
+@pytest.fixture
+def seeded() -> Iterator[Callable[..., tuple[dict[str, Tensor], list[Tensor]]]]:
+    """As tuned, from the same random state each time."""
+
+    def run(*args: object, **options: object) -> tuple[dict[str, Tensor], list[Tensor]]:
+        torch.manual_seed(0)
+        return tuned(*args, **options)  # type: ignore[arg-type]
+
+    with torch.random.fork_rng(devices=[]):
+        yield run
+
+
 @pytest.mark.parametrize("name", CLOSURES)
-def test_a_function_that_refers_to_the_model_is_no_way_around_the_copy(name: str) -> None:
-    build = wide(CLOSURES[name])
+def test_a_function_that_refers_to_the_model_is_no_way_around_the_copy(
+    name: str, seeded: Callable[..., tuple[dict[str, Tensor], list[Tensor]]]
+) -> None:
+    build, engine = wide(CLOSURES[name]), Engine(channels_last=False)  # dropout draws in the order of memory
     with pytest.warns(BNSurgeryWarning, match="live model.*a function that refers to the model") as caught:
-        fast, made = tuned(build, batches(6, 6, 6))
+        fast, made = seeded(build, batches(6, 6, 6), engine=engine)
     assert len(caught) == 1
-    plain, seen = tuned(build, batches(6, 6, 6), engine="plain")
+    plain, seen = seeded(build, batches(6, 6, 6), engine="plain")
     assert all(torch.allclose(one, other, rtol=0, atol=1e-9) for one, other in zip(made, seen, strict=True))
     assert all(torch.allclose(plain[key].double(), fast[key].double(), rtol=1e-7, atol=1e-9) for key in plain)
     assert int(fast["bn1.num_batches_tracked"]) == int(build().bn1.num_batches_tracked) + 3  # type: ignore[arg-type]
@@ -150,6 +190,51 @@ class Caching(Net):
         return F.relu(self.bn2(F.conv2d(z, self.kept, padding=1)))
 
 
+class Folding(Net):
+    """Folds a weight at the first pass in evaluation mode, and keeps it until it trains again."""
+
+    folded: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folded = None
+
+    def train(self, mode: bool = True) -> Folding:
+        self.folded = None
+        super().train(mode)
+        return self
+
+    def neck(self, z: Tensor) -> Tensor:
+        if self.training:
+            return F.relu(self.bn2(self.conv2(z)))
+        if self.folded is None:
+            self.folded = self.conv2.weight * (self.bn2.weight / (self.bn2.running_var + 1e-5).sqrt()).view(-1, 1, 1, 1)
+        return F.relu(F.conv2d(z, self.folded, padding=1))
+
+
+class FoldingInto(Folding):
+    """The same, into a dictionary, or an attribute that is otherwise not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> FoldingInto:
+        self.kept.clear()
+        if hasattr(self, "other"):
+            del self.other
+        super().train(mode)
+        return self
+
+    def neck(self, z: Tensor) -> Tensor:
+        if not self.training:
+            self.kept.setdefault("weight", 2 * self.conv2.weight.detach())
+            if not hasattr(self, "other"):
+                self.other = self.bn2.weight.detach().clone()
+            z = F.conv2d(z, self.kept["weight"], padding=1) * self.other.view(-1, 1, 1)
+        return super().neck(z)
+
+
 class Recurrent(Net):
     """An LSTM, which keeps a list of its own parameters."""
 
@@ -211,6 +296,13 @@ class Plain:
         self.slope = 0.1
 
 
+class Calling(Plain):
+    """The same, and it can be called."""
+
+    def __call__(self) -> float:
+        return self.slope
+
+
 class Configured(Net):
     def __init__(self, config: object) -> None:
         super().__init__()
@@ -225,6 +317,8 @@ KEPT: dict[str, tuple[Build, dict[str, object]]] = {
     "features put away": (Forgetting, {}),
     "features deleted": (Deleting, {}),
     "expanded": (ExpandedAttribute, {}),
+    "weight folded for evaluation": (Folding, {"lr": 1.0}),
+    "values kept for evaluation": (FoldingInto, {"lr": 1.0}),
     "weight kept with its graph": (Caching, {"also": ("gain",), "lr": 1.0}),
     "list of parameters of a trained LSTM": (Recurrent, {"also": ("lstm.*",)}),
     "lists of parameters and buffers": (Listing, {}),
@@ -240,7 +334,8 @@ def test_whatever_a_model_keeps(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [Settings, Nested, Plain, lambda: SimpleNamespace(slope=0.1), lambda: argparse.Namespace(slope=0.1)]
+    "config",
+    [Settings, Nested, Plain, Calling, lambda: SimpleNamespace(slope=0.1), lambda: argparse.Namespace(slope=0.1)],
 )
 def test_settings_that_change_are_followed(config: Callable[[], object]) -> None:
     def change(_found: object, model: nn.Module) -> None:
@@ -393,6 +488,37 @@ def test_an_attack_that_is_the_same_uses_its_step_again(steps: Steps) -> None:
     assert steps.captured(PGD(0.1, 3, **scaled), x, x, y, x.dtype) is first
 
 
+class Trades(nn.Module):
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return self.beta * F.cross_entropy(logits, y, reduction="none")
+
+
+class Remembering(PGD):
+    """Keeps something from step to step."""
+
+    def losses(self, *args: object, **options: object) -> Tensor:
+        self._last = super().losses(*args, **options)  # type: ignore[arg-type]
+        return self._last
+
+
+def test_an_attack_with_steps_of_its_own_is_not_captured(steps: Steps) -> None:
+    ((x, y),) = batches(6)
+    assert steps.captured(Remembering(0.1, 3), x, x, y, x.dtype) is None
+    assert Recorded.made == 0
+
+
+def test_an_attack_that_changes_now_and_then_is_captured_again_and_again(steps: Steps) -> None:
+    ((x, y),) = batches(6)
+    for epoch in range(1, 20):
+        assert steps.captured(PGD(0.01 * epoch, 3), x, x, y, x.dtype) is not None
+        steps.captured(PGD(0.01 * epoch, 3), x, x, y, x.dtype)
+    assert Recorded.made == 19
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -418,6 +544,11 @@ def test_a_setting_of_a_loss_that_changes_is_seen(steps: Steps) -> None:
     first = steps.captured(attack, x, x, y, x.dtype)
     attack.loss.weight = 2.0  # type: ignore[attr-defined]
     assert steps.captured(attack, x, x, y, x.dtype) is not first
+    attack.loss = Trades(1.0)
+    first = steps.captured(attack, x, x, y, x.dtype)
+    assert steps.captured(attack, x, x, y, x.dtype) is first
+    attack.loss.beta = 2.0
+    assert steps.captured(attack, x, x, y, x.dtype) is not first
 
 
 def test_an_attack_that_always_changes_is_not_captured_for_ever(steps: Steps) -> None:
@@ -426,3 +557,26 @@ def test_an_attack_that_always_changes_is_not_captured_for_ever(steps: Steps) ->
     assert Recorded.made == MOST_CAPTURES
     assert None not in found[:MOST_CAPTURES]
     assert found[MOST_CAPTURES:] == [None] * (19 - MOST_CAPTURES)
+
+
+def test_large_data_that_a_model_keeps_is_looked_at_in_parts() -> None:
+    model = Net()
+    model.images, model.labels = np.zeros((3000, 64), np.uint8), list(range(10_000))  # type: ignore[assignment]
+    before = signature(model)
+    assert signature(model) == before
+    assert (
+        sum(len(part[-1]) for part in before if isinstance(part, tuple) and part and isinstance(part[-1], bytes))
+        < 10_000
+    )
+    model.images[0] += 1  # type: ignore[operator]
+    assert signature(model) != before
+
+
+def test_sparse_buffers_and_those_that_are_not_numbers_come_back() -> None:
+    model, ((x, _),) = wide(Net)(), batches(6)
+    model.register_buffer("adjacency", torch.eye(3, dtype=torch.float64).to_sparse())
+    model.register_buffer("unset", torch.full((2,), torch.nan, dtype=torch.float64))
+    version = model.unset._version
+    assert fuse_bn(model, x).fusion_plan.fused == (("conv1", "bn1"), ("conv2", "bn2"))  # type: ignore[union-attr]
+    assert torch.equal(model.adjacency.to_dense(), torch.eye(3, dtype=torch.float64))  # type: ignore[operator]
+    assert model.unset._version == version

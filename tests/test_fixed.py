@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bnsurgery._fixed
 from bnsurgery._fixed import fix
 from networks import shake
 from odd_networks import Concatenated, batches, wide
-from test_engine import replica_of
+from test_engine import assert_same, replica_of
 
 LAYERS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -61,6 +62,36 @@ def test_in_low_precision_too(dtype: torch.dtype) -> None:
         ends.append((out, *torch.autograd.grad(out.float().pow(3).sum(), x)))
     assert torch.equal(ends[0][0], ends[1][0])
     assert torch.allclose(ends[0][1].float(), ends[1][1].float(), rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_scale_beyond_half_precision_is_no_obstacle() -> None:
+    layer = nn.BatchNorm2d(1, eps=1e-12).half().eval().requires_grad_(False)
+    layer.running_var.zero_()  # type: ignore[union-attr]
+    fix(layer)
+    x = torch.zeros(2, 1, 2, 2, dtype=torch.float16, requires_grad=True)
+    (gradient,) = torch.autograd.grad((layer(x) * 0).sum(), x)
+    assert torch.equal(gradient, torch.zeros_like(x))
+
+
+def test_where_it_does_not_run_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such gradient")
+
+    monkeypatch.setattr(bnsurgery._fixed._Affine, "backward", staticmethod(fails))
+    model, ((x, _),) = wide(Concatenated)().eval(), batches(6)
+    replica = replica_of(model, x)
+    assert not any("forward" in vars(module) for module in replica.net.modules())
+
+
+class Mapped(Concatenated):
+    """Maps over the examples."""
+
+    def neck(self, z: Tensor) -> Tensor:
+        return torch.func.vmap(lambda one: super(Mapped, self).neck(one[None])[0])(z)
+
+
+def test_a_map_over_examples_is_no_obstacle() -> None:
+    assert_same(wide(Mapped), batches(6, 6), train="bn-params", callbacks=[])
 
 
 def test_the_input_is_not_kept() -> None:

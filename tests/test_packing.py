@@ -38,7 +38,8 @@ def packed(eps: float = 0.1) -> tuple[Counting, Packed, Tensor, Tensor]:
     x = torch.tensor([[0.1] * 4, [0.4] * 4, [0.48] * 4])
     net = Counting(nn.Sequential(nn.Flatten(), linear))
     y = torch.zeros(3, dtype=torch.long)
-    return net, Packed(net, x, y, lambda x, made: distance(x, made, "linf") <= eps + 1e-6), x, y
+    model = Packed(net, x, y, lambda x, made: distance(x, made, "linf") <= eps + 1e-6, "linf", 1e-4)
+    return net, model, x, y
 
 
 def test_an_example_leaves_once_it_is_broken() -> None:
@@ -100,16 +101,26 @@ def test_what_hangs_on_rounding_breaks_nothing() -> None:
 def test_examples_that_cannot_be_told_apart_stay_together(norm: Norm) -> None:
     net, _, x, _ = packed()
     gap = {"linf": 0.08, "l2": 0.16}[norm]
-    assert Packed.suits(net, x, gap / 2 * 0.99, norm)
-    assert not Packed.suits(net, x, gap / 2 * 1.01, norm)
-    assert not Packed.suits(net, x[:1], 0.001, norm)
+    assert Packed.suits(net, x, gap / 2 * 0.99, norm, 1e-4)
+    assert not Packed.suits(net, x, gap / 2 * 1.01, norm, 1e-4)
+    assert not Packed.suits(net, x[:1], 0.001, norm, 1e-4)
+
+
+def test_one_example_alone_must_give_logits_of_a_batch() -> None:
+    _, _, x, _ = packed()
+    assert not Packed.suits(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), Squeezed()), x, 0.001, "linf", 1e-4)
+
+
+class Squeezed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze()
 
 
 @pytest.mark.parametrize("make", [Touching, TouchingALittle])
 def test_examples_that_touch_stay_together(make: type[nn.Module]) -> None:
     model = wide(make)().float().eval()
     x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert not Packed.suits(model, x, 1e-4, "linf")
+    assert not Packed.suits(model, x, 1e-4, "linf", 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +157,29 @@ def test_the_same_examples_are_broken_with_less_work(
 
     robust, tried = broken("fast")
     runs = 1 if part == "apgd-ce" else 9
+    assert 100 * int(robust.sum()) * runs <= sum(passed)
     assert sum(passed) < (100 * (0.2 * tried + 0.8 * int(robust.sum())) + 10 * tried) * runs
     plain, _ = broken("plain")
     assert not passed
     assert torch.equal(robust, plain)
     assert 0 < int(robust.sum()) < tried
+
+
+def test_what_is_wrong_on_the_copy_alone_is_attacked_to_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pair = trained(), images(12)
+    options = {"attacks": ["apgd-ce"], "eps": EPS["linf"], "progress": False}
+    plain = evaluate(model, pair, engine="plain", **options)
+    original = Packed._note
+
+    def wrong(self: Packed, x: Tensor, rows: Tensor, logits: Tensor) -> None:
+        """Takes the first point of each example for one that breaks it."""
+        self.broken[rows] = True
+        self._logits = torch.zeros((len(self._y), 10)) if self._logits is None else self._logits
+        self.found[rows] = x
+
+    monkeypatch.setattr(Packed, "_note", wrong)
+    assert torch.equal(evaluate(model, pair, **options).robust, plain.robust)
+    assert original is not Packed._note
 
 
 def test_attack_objects_of_the_users_own_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnsurgery._modes import global_state, preserved
@@ -61,10 +63,10 @@ def evaluation_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.
 
 @contextmanager
 def by_itself(model: nn.Module) -> Iterator[None]:
-    """Raises where what runs in the block, a copy of the model, computes with the model's own parameters or buffers.
+    """Raises where what runs in the block, a copy of the model, runs parts of the model itself.
 
-    It does where a function is kept as an attribute that refers to the model: functions are not copied. Whatever
-    happens, the model is left as it was.
+    It does where a function is kept as an attribute that refers to the model: functions are not copied. Modes,
+    gradients and buffers of the model are as they were afterwards.
 
     Raises:
         FusionError: on leaving the block.
@@ -72,17 +74,29 @@ def by_itself(model: nn.Module) -> Iterator[None]:
     with preserved(model):
         for module in model.modules():  # without model.eval(), which may be overridden to write to weights
             module.training = False
+        own = {id(module) for module in model.modules()}
         watch = _Watch([*model.parameters(), *model.buffers()])
+
+        def look(module: nn.Module, _inputs: Any) -> None:
+            watch.met = watch.met or id(module) in own
+
+        calls = register_module_forward_pre_hook(look)
+        failure: Exception | None = None
         try:
             with watch:
                 yield
+        except Exception as error:
+            failure = error
         finally:
-            if watch.met:
-                raise FusionError(
-                    f"a copy of {type(unwrap(model)).__name__} computes with the parameters or buffers of the model "
-                    "itself, and fusing is done on copies: a function that refers to the model is kept as an attribute "
-                    "(model.forward = torch.compile(model.forward), say); make it a method, or a forward hook"
-                )
+            calls.remove()
+        if watch.met:
+            raise FusionError(
+                f"a copy of {type(unwrap(model)).__name__} runs parts of the model itself, and fusing is done on "
+                "copies: a function that refers to the model is kept as an attribute (model.forward = "
+                "torch.compile(model.forward), say); make it a method, or a forward hook"
+            )
+        if failure is not None:
+            raise failure
 
 
 def is_faithful(model: nn.Module, copied: nn.Module, x: Tensor) -> bool:
@@ -111,17 +125,29 @@ def _copies_itself(module: nn.Module) -> bool:
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether any of these tensors is computed with."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, tensors: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._own = {id(tensor) for tensor in tensors}
+        self._memory = {address for tensor in tensors if (address := _address(tensor))}
         self.met = False
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.met = self.met or any(id(tensor) in self._own for tensor in leaves((args, kwargs), Tensor))
+        self.met = self.met or any(
+            id(tensor) in self._own or _address(tensor) in self._memory for tensor in leaves((args, kwargs), Tensor)
+        )
         return func(*args, **kwargs)
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's values lie, those of ``tensor.data`` too; 0 where they lie nowhere."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or is_fake(tensor):
+        return 0
+    return tensor.untyped_storage().data_ptr()
 
 
 def arguments(example_input: Any) -> tuple[Any, ...]:
@@ -167,10 +193,7 @@ def _compare(original: nn.Module, fused: nn.Module, example_input: Any) -> None:
     shapes = [tuple(t.shape) for t in expected], [tuple(t.shape) for t in actual]
     if shapes[0] != shapes[1]:
         raise FusionError(f"the original returns tensors of shapes {shapes[0]}, and the fused copy {shapes[1]}")
-    dtypes = {tensor.dtype for tensor in (*original.parameters(), *expected)} & _TOLERANCES.keys()
-    tolerance = max((_TOLERANCES[dtype] for dtype in dtypes), default=0.0)
-    if torch.float32 in dtypes and any(tensor.device.type != "cpu" for tensor in expected):
-        tolerance = max(tolerance, _TF32)
+    tolerance = rounding(original, expected)
     largest = max(_relative_error(*pair) for pair in zip(actual, expected, strict=True))
     if largest > tolerance:
         raise FusionError(
@@ -179,9 +202,18 @@ def _compare(original: nn.Module, fused: nn.Module, example_input: Any) -> None:
         )
 
 
-def differs(actual: Tensor, expected: Tensor) -> bool:
-    """Whether logits differ by more than the rounding of their dtype."""
-    return _relative_error(actual, expected) > _TOLERANCES.get(expected.dtype, 0.0)
+def rounding(model: nn.Module, outputs: Iterable[Tensor]) -> float:
+    """What outputs of a model and of its copy may differ by, relative to the largest of them."""
+    outputs = list(outputs)
+    dtypes = {tensor.dtype for tensor in (*model.parameters(), *outputs)} & _TOLERANCES.keys()
+    tolerance = max((_TOLERANCES[dtype] for dtype in dtypes), default=0.0)
+    devices = {tensor.device.type for tensor in (*model.parameters(), *outputs)}
+    return max(tolerance, _TF32) if torch.float32 in dtypes and devices - {"cpu"} else tolerance
+
+
+def differs(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two outputs differ by more than the tolerance, relative to the largest entry."""
+    return _relative_error(actual, expected) > tolerance
 
 
 def _outputs(model: nn.Module, example_input: Any, which: str) -> list[Tensor]:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bnsurgery._copies import rounding
 from bnsurgery._data import check_labels
 from bnsurgery._geometry import Norm, column, distance
+from bnsurgery._modes import global_state
 from bnsurgery._packing import Inside, Packed
 from bnsurgery._replica import Replica
 from bnsurgery._replicas import Replicas, can_attack_a_copy, craft_on_copy
@@ -172,7 +174,7 @@ class Run:
     def right(self, rows: Tensor, x: Tensor) -> Tensor:
         """Whether the model classifies x, made from these rows, right: bool (len(rows),)."""
         right = []
-        with torch.no_grad():
+        with torch.no_grad(), global_state(self.device, seed=0):
             for part, index in zip(torch.split(x, self.batch_size), torch.split(rows, self.batch_size), strict=True):
                 logits = self.model(part.to(self.device))
                 check_labels(self.y[index], logits)
@@ -187,17 +189,20 @@ class Run:
 
     def _packed(self, rows: Tensor, inside: Inside, eps: float, norm: Norm) -> Packed | None:
         """The copy, for an attack that asks of each example for one adversarial point; None where there can be none."""
-        if self.replica is None:
-            return None
+        if self._replicas is None or self.replica is None or self._replicas.compiled:
+            return None  # the compiler would see another size of batch with each pass
         x, y = self.x[rows].to(self.device), self.y[rows].to(self.device)
-        return Packed(self.replica.net, x, y, inside) if Packed.suits(self.replica.net, x, eps, norm) else None
+        net, tolerance = self.replica.net, rounding(self.model, (x,))
+        return Packed(net, x, y, inside, norm, tolerance) if Packed.suits(net, x, eps, norm, tolerance) else None
 
     def craft(self, attack: Any, rows: Tensor, generator: torch.Generator, packed: Packed | None = None) -> Tensor:
         """Adversarial examples of these rows, on the CPU."""
         x, y = self.x[rows].to(self.device), self.y[rows].to(self.device)
         size = self.batch_size
         if packed is not None:
-            made = craft(attack, packed, x, y, generator=generator, batch_size=size)
+            with global_state(self.device):
+                torch.backends.cudnn.benchmark = False  # it would try out each size of batch anew
+                made = craft(attack, packed, x, y, generator=generator, batch_size=size)
             return torch.where(column(packed.broken, made), packed.found, made).cpu()
         if not can_attack_a_copy(attack, self.model) or self.replica is None:
             return craft(attack, self.model, x, y, generator=generator, batch_size=size).cpu()
@@ -224,8 +229,11 @@ class Run:
                 x = self.x[rows]
                 packed = self._packed(rows, inside, eps, norm) if own else None
                 made = self.craft(attack, rows, generator, packed)
-                valid = inside(x, made)
                 wrong = ~self.right(rows, made)
+                if packed is not None and bool((lost := packed.broken.cpu() & ~wrong).any()):
+                    made[lost] = self.craft(attack, rows[lost], generator)  # wrong on the copy alone: to the last step
+                    wrong[lost] = ~self.right(rows[lost], made[lost])
+                valid = inside(x, made)
                 count = valid & wrong
                 self.adversarial[rows[count]] = made[count]
                 self.robust[rows[count]] = False

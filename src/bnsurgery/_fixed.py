@@ -13,11 +13,15 @@ from bnsurgery.layers import has_statistics
 _LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def fix(copy: nn.Module) -> None:
+def fix(copy: nn.Module) -> list[nn.Module]:
     """Spares BN layers of a copy in evaluation mode what only their parameters' gradients need; in place.
 
     torch keeps the input of each, and goes over it once more in the backward pass.
+
+    Returns:
+        The layers, each with a ``forward`` of its own now.
     """
+    fixed: list[nn.Module] = []
     for module in copy.modules():
         if (
             type(module) in _LAYERS
@@ -29,6 +33,8 @@ def fix(copy: nn.Module) -> None:
             and all(name in module._parameters for name in ("weight", "bias"))
         ):
             vars(module)["forward"] = partial(_forward, module)
+            fixed.append(module)
+    return fixed
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:
@@ -55,8 +61,10 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         variance, gamma = ctx.saved_tensors
-        scale = (variance + ctx.eps).rsqrt()
+        scale = (variance.to(torch.promote_types(variance.dtype, torch.float32)) + ctx.eps).rsqrt()
         if gamma is not None:
             scale = scale * gamma
-        scale = scale.to(gradient.dtype).view(1, -1, *[1] * (gradient.dim() - 2))
-        return gradient * scale, *(None,) * 5
+        if gradient.dtype != torch.float16:  # which may not hold it
+            scale = scale.to(gradient.dtype)
+        scaled = gradient * scale.view(1, -1, *[1] * (gradient.dim() - 2))
+        return scaled.to(gradient.dtype), *(None,) * 5

@@ -17,7 +17,7 @@ from bnsurgery.errors import BNSurgeryWarning
 WARM_UP = 3
 """Calls before the capture: libraries choose their algorithms and allocate their workspaces in the first ones."""
 MOST_CAPTURES = 5
-"""Of an attack that changes again and again: a capture costs several passes."""
+"""Of an attack that changes with each batch: a capture costs several passes."""
 
 
 class Captured:
@@ -58,13 +58,15 @@ class Steps:
         self._classes = 0
 
     def clear(self) -> None:
-        """Forgets all: values were put in other places."""
-        self._held.clear()
+        """Forgets all steps: values were put in other places."""
+        self._held = {key: ([], None, captures) for key, (_, _, captures) in self._held.items()}
 
     def captured(
         self, attack: PGD, start: Tensor, pixels: Tensor, labels: Tensor, dtype: torch.dtype
     ) -> Advance | None:
         """The attack's step in a CUDA graph, or None where it cannot be captured."""
+        if any(getattr(type(attack), name) is not getattr(PGD, name) for name in ("advance", "losses")):
+            return None  # it may keep something from step to step
         if not self._classes:
             with torch.no_grad():
                 self._classes = self._net(attack._inputs(pixels[:1]).to(dtype)).shape[1]
@@ -75,6 +77,8 @@ class Steps:
         if seen != now:
             step = self._capture(attack, (start, pixels, labels), dtype) if captures < MOST_CAPTURES else None
             self._held[key] = now, step, captures + 1
+        else:
+            self._held[key] = now, step, max(captures - 1, 0)
         return cast("Advance | None", step)
 
     def _capture(self, attack: PGD, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> Captured | None:

@@ -59,8 +59,15 @@ class Snapshot:
         """Copies the values back, in place; may be called again."""
         with torch.no_grad():
             for tensor, copy in zip(self._tensors, self._copies, strict=True):
-                if not torch.equal(tensor, copy):
+                if not _is_same(tensor, copy):
                     tensor.copy_(copy)
+
+
+def _is_same(tensor: Tensor, copy: Tensor) -> bool:
+    """Whether values are equal, NaN to NaN; False where that cannot be said, as of sparse tensors."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return False
+    return torch.equal(tensor, copy) or bool(((tensor == copy) | (tensor.isnan() & copy.isnan())).all())
 
 
 @contextmanager

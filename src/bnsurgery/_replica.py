@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from bnsurgery.layers import device_of, named_modules
 
 CACHE = {2: 16 * 2**20, 4: 4 * 2**20}
 """Bytes of the largest activation that a chunk may have on a CPU, by those of an entry; more is slower there."""
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 FEWEST = 16
 """Examples below which small layers leave the cores idle."""
 
@@ -67,11 +69,13 @@ class Replica:
         """
         self.model, self.engine, self.dtype, self.asked = model, engine, dtype, plan
         self._largest: dict[tuple[int, ...], int] = {}
+        floating = [p.dtype for p in model.parameters() if p.is_floating_point()]
+        self._itemsize = (dtype or (floating[0] if floating else x.dtype)).itemsize
         with global_state(device_of(model), seed=0):
             self._settle(x, example)
             self._copy = self._lowered(self._fused(), example)
             if not compile:  # the compiler finds out by itself
-                fix(self._copy)
+                self._fix(example)
         self._seen = signature(model)
         self._link()
         run: Any = torch.compile(self._copy) if compile else self._copy
@@ -102,6 +106,7 @@ class Replica:
                     self._steps.clear()
             if sources:
                 torch._foreach_copy_(targets, sources)
+            self._forget()
             for module, own, name, dtype in self._attributes:
                 value, held = vars(module).get(name), vars(own).get(name)
                 if not isinstance(value, Tensor):
@@ -112,6 +117,23 @@ class Replica:
                     vars(own)[name] = value.detach().to(dtype, copy=True)
                     self._steps.clear()
         return True
+
+    def _forget(self) -> None:
+        """Puts away what passes have left in the copy where the live model has nothing: values made of old weights."""
+        for module, own in self._custom:
+            given, held = vars(module), vars(own)
+            for name, value in list(held.items()):
+                if name in _OF_EVERY_MODULE:
+                    continue
+                if isinstance(value, Tensor) and given.get(name) is None:
+                    if name in given:
+                        held[name] = None
+                    else:
+                        del held[name]
+                    self._steps.clear()
+                elif isinstance(value, (dict, list, set)) and value and _is_empty(given.get(name)):
+                    held[name] = copy.copy(given[name])
+                    self._steps.clear()
 
     def serves(self, x: Tensor, example: Tensor) -> bool:
         """Whether the copy is right for batches like x too, of which ``example`` are the first few."""
@@ -131,7 +153,7 @@ class Replica:
             return 1
         if size == "auto":
             largest = self._largest.get(tuple(x.shape[1:])) or max(self._largest.values())
-            size = max(FEWEST, CACHE[4 if self.dtype is None else self.dtype.itemsize] // largest)
+            size = max(FEWEST, CACHE[2 if self._itemsize == 2 else 4] // largest)
         return max(math.ceil(len(x) / size), 1)
 
     def laid_out(self, x: Tensor) -> Tensor:
@@ -228,6 +250,16 @@ class Replica:
         self.dtype = None
         return fused
 
+    def _fix(self, example: Tensor) -> None:
+        """Spares BN layers that stay in the copy what they can do without, where the copy still runs."""
+        fixed = fix(self._copy)
+        try:
+            if fixed:
+                _is_finite(self._copy, example)
+        except Exception:
+            for module in fixed:
+                del vars(module)["forward"]
+
     def _link(self) -> None:
         """Finds out which values of the live model go where in the copy."""
         live, copies = dict(named_modules(self.model)), dict(named_modules(self._copy))
@@ -235,6 +267,11 @@ class Replica:
         fused = {producer for producer, _ in self.plan.fused}
         self._pairs = [(live[producer], live[name]) for producer, name in self.plan.fused]
         self._targets = [copies[producer] for producer, _ in self.plan.fused]
+        self._custom = [
+            (module, copies[name])
+            for name, module in live.items()
+            if name in copies and not type(module).__module__.startswith("torch.")
+        ]
         self._others: list[tuple[nn.Module, nn.Module, str]] = []
         self._attributes: list[tuple[nn.Module, nn.Module, str, torch.dtype]] = []
         for name, module in live.items():
@@ -297,6 +334,10 @@ def planned(model: nn.Module, example: Tensor, engine: Engine) -> FusionPlan:
         evaluation_copy(model)  # raises where there can be no copy at all
         say(f"attacks run on a copy that is not fused: {error}")
         return FusionPlan(())
+
+
+def _is_empty(value: object) -> bool:
+    return isinstance(value, (dict, list, set)) and not value
 
 
 def _writable(held: Tensor) -> bool:

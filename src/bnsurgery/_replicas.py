@@ -27,6 +27,7 @@ class Replicas:
 
     def __init__(self, model: nn.Module, engine: Engine, *, dtype: torch.dtype | None, compile: bool) -> None:  # noqa: A002
         self._model, self._engine, self._dtype, self._compile = model, engine, dtype, compile
+        self.compiled = compile
         self._by_shape: dict[Any, Replica] = {}
         self._changes = 0
         self.none = False

@@ -6,7 +6,8 @@ import dataclasses
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Mapping, Set
-from types import SimpleNamespace
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,10 @@ _SKIPPED = frozenset(("_parameters", "_buffers", "_modules", "training", "track_
 _SKIPPED_OF_BN = _SKIPPED | {"momentum"}
 _DEEPEST = 8
 """How far settings are followed that hold settings."""
+_MOST = 4096
+"""Entries of a container or array that are looked at one by one, before each batch; of larger arrays, so many."""
+_OPAQUE = (type, FunctionType, MethodType, BuiltinFunctionType, partial, nn.Module)
+"""What counts as the same as long as it is the same object."""
 
 
 def signature(model: nn.Module) -> list[Any]:
@@ -51,11 +56,15 @@ def signature(model: nn.Module) -> list[Any]:
 
 
 def settings(attack: object) -> list[Any]:
-    """The class of an attack and its attributes but private ones: equal only where none has changed."""
+    """The class of an attack and its attributes but the generator: equal only where none has changed."""
     parts: list[Any] = [type(attack)]
     for name, value in vars(attack).items():
-        if not name.startswith("_"):
-            parts += (name, value.tolist() if isinstance(value, Tensor) else _account(value, frozenset()))
+        if isinstance(value, Tensor):
+            parts += (name, value.tolist())
+        elif isinstance(value, nn.Module):  # a loss
+            parts += (name, signature(value))
+        elif name != "_generator":
+            parts += (name, _account(value, frozenset()))
     return parts
 
 
@@ -102,6 +111,8 @@ def _account(value: object, own: Set[int], depth: int = 0) -> Any:
     kind = type(value)
     if kind in _PLAIN:
         return value
+    if isinstance(value, (list, tuple, Mapping, set, frozenset)) and len(value) > _MOST:  # data, not settings
+        return _Same(value), len(value)
     if isinstance(value, (list, tuple)):
         return [kind, *(_account(item, own, depth) for item in value)]
     if isinstance(value, (set, frozenset)):
@@ -111,8 +122,10 @@ def _account(value: object, own: Set[int], depth: int = 0) -> Any:
     if isinstance(value, Tensor):  # those made in inference mode count no versions
         return _Same(value), None if id(value) in own or value.is_inference() else value._version
     if isinstance(value, np.ndarray):
+        if value.size > _MOST:
+            return _Same(value), value.shape, value.dtype.str, value.flat[:: value.size // _MOST].tobytes()
         return value.shape, value.dtype.str, value.tobytes()
-    if isinstance(value, type) or not _is_followed(value, depth):
+    if isinstance(value, _OPAQUE) or not _is_followed(value, depth):
         return _Same(value)
     fields: dict[str, Any] = dict(getattr(value, "__dict__", ()))
     if dataclasses.is_dataclass(value):  # one with slots has no __dict__; a field may be without a value
@@ -124,4 +137,4 @@ def _is_followed(value: object, depth: int) -> bool:
     """Whether attributes of an object count. Settings may be nested; anything else may lead to half the process."""
     if dataclasses.is_dataclass(value) or isinstance(value, (Namespace, SimpleNamespace)):
         return depth < _DEEPEST
-    return depth == 0 and not callable(value)
+    return depth == 0
