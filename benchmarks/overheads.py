@@ -3,8 +3,9 @@
     python benchmarks/overheads.py
 
 For ResNet-20 (width 16 and 64) and torchvision's ResNet-152: the time of ``fold_bn`` and of a refresh of the engine's
-copy (float32, and bfloat16 where the hardware has it fast), which runs once in each fine-tuning step, and what
-``recalibrate_bn`` takes over the same forward passes in training mode without it. Rounds of all are interleaved.
+copy (float32, and bfloat16 where the hardware has it fast), which runs once in each fine-tuning step; of a plain copy
+of the same weights, to compare it with; and what ``recalibrate_bn`` takes over the same forward passes in training mode
+without it. Rounds of all are interleaved.
 """
 
 from __future__ import annotations
@@ -48,14 +49,15 @@ def measure(name: str, repeats: int, device: torch.device) -> dict[str, Any]:
     model = build().to(device)
     batches = [torch.rand(shape, device=device) for _ in range(4)]
     laid_out = [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
-    copies = {
-        f"refresh, {str(dtype or torch.float32).removeprefix('torch.')}": Replicas(
-            model, Engine(), dtype=dtype, compile=False
-        )
-        for dtype in dict.fromkeys((None, dtype_for(model, "auto", lower=True)))
-    }
-    for copy in copies.values():
-        copy.fresh(batches[0])
+    weights = [parameter.detach() for parameter in model.parameters() if parameter.dim() > 1]
+    copies: dict[str, Callable[[], object]] = {}
+    for dtype in dict.fromkeys((None, dtype_for(model, "auto", lower=True))):
+        own = Replicas(model, Engine(), dtype=dtype, compile=False)
+        own.fresh(batches[0])
+        held = [torch.empty_like(weight, dtype=dtype or weight.dtype) for weight in weights]
+        title = str(dtype or torch.float32).removeprefix("torch.")
+        copies[f"refresh, {title}"] = lambda own=own: own.fresh(batches[0])  # type: ignore[misc]
+        copies[f"copy of the weights, {title}"] = lambda held=held: torch._foreach_copy_(held, weights)  # type: ignore[misc]
 
     def forward() -> None:
         model.train()
@@ -64,8 +66,7 @@ def measure(name: str, repeats: int, device: torch.device) -> dict[str, Any]:
                 model(batch)
 
     calls: dict[str, Callable[[], object]] = {"fold_bn": lambda: fold_bn(model)}
-    calls |= {which: lambda copy=copy: copy.fresh(batches[0]) for which, copy in copies.items()}  # type: ignore[misc]
-    calls |= {"forward passes": forward, "recalibrate_bn": lambda: recalibrate_bn(model, laid_out)}
+    calls |= copies | {"forward passes": forward, "recalibrate_bn": lambda: recalibrate_bn(model, laid_out)}
     times: dict[str, list[float]] = {which: [] for which in calls}
     for round_ in range(repeats + 1):
         for which, call in calls.items():
