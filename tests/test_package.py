@@ -44,6 +44,7 @@ ORDER = [
     "_frozen",
     "_fixed",
     "_layouts",
+    "_lowering",
     "_replica",
     "_replicas",
     "patches",

@@ -81,12 +81,12 @@ def by_itself(model: nn.Module) -> Iterator[None]:
             watch.met = watch.met or id(module) in own
 
         calls = register_module_forward_pre_hook(look)
-        failure: Exception | None = None
         try:
             with watch:
                 yield
-        except Exception as error:
-            failure = error
+        except Exception:
+            if not watch.met:
+                raise
         finally:
             calls.remove()
         if watch.met:
@@ -95,8 +95,6 @@ def by_itself(model: nn.Module) -> Iterator[None]:
                 "copies: a function that refers to the model is kept as an attribute (model.forward = "
                 "torch.compile(model.forward), say); make it a method, or a forward hook"
             )
-        if failure is not None:
-            raise failure
 
 
 def is_faithful(model: nn.Module, copied: nn.Module, x: Tensor) -> bool:

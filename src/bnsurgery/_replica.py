@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._copies import evaluation_copy, verify
 from bnsurgery._fixed import fix
 from bnsurgery._graphs import Steps
 from bnsurgery._layouts import can_be_cut, channels_last, largest_activation, runs_channels_last
+from bnsurgery._lowering import is_finite, round_all, round_products
 from bnsurgery._modes import global_state
 from bnsurgery._signature import signature, tensors
-from bnsurgery._tracing import PRODUCERS
 from bnsurgery.attacks import PGD, evened
 from bnsurgery.engine import Engine
 from bnsurgery.errors import BNSurgeryWarning, FusionError
@@ -27,9 +26,9 @@ from bnsurgery.layers import device_of, named_modules
 
 CACHE = {2: 16 * 2**20, 4: 4 * 2**20}
 """Bytes of the largest activation that a chunk may have on a CPU, by those of an entry; more is slower there."""
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 FEWEST = 16
 """Examples below which small layers leave the cores idle."""
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Replica:
@@ -237,11 +236,11 @@ class Replica:
         if self.dtype is None:
             return fused
         error: Exception | None = None
-        for lower in (_round_products, _round_all):
+        for lower in (round_products, round_all):
             copy = evaluation_copy(fused)
             lower(copy, self.dtype)
             try:
-                if not _is_finite(copy, example) and _is_finite(fused, example):
+                if not is_finite(copy, example) and is_finite(fused, example):
                     raise ArithmeticError("its logits or their gradients are not finite")
                 return copy
             except Exception as failure:
@@ -255,7 +254,7 @@ class Replica:
         fixed = fix(self._copy)
         try:
             if fixed:
-                _is_finite(self._copy, example)
+                is_finite(self._copy, example)
         except Exception:
             for module in fixed:
                 del vars(module)["forward"]
@@ -360,38 +359,3 @@ def _multiply(weight: Tensor, scale: Tensor, held: Tensor) -> None:
 def say(message: str) -> None:
     """Warns the caller of the public function."""
     warnings.warn(message, BNSurgeryWarning, stacklevel=6)
-
-
-def _round_products(copy: nn.Module, dtype: torch.dtype) -> None:
-    """Convolutions and linear layers alone: the input is normalised, and BN layers compute, with all digits."""
-
-    def cast(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs
-        )
-
-    for module in copy.modules():
-        if isinstance(module, PRODUCERS):
-            module.to(dtype)
-            module.register_forward_pre_hook(cast)
-
-
-def _round_all(copy: nn.Module, dtype: torch.dtype) -> None:
-    """Everything but BN layers, and the input."""
-    for module in copy.modules():
-        if not isinstance(module, _BatchNorm):
-            for tensor in tensors(module).values():
-                if tensor.is_floating_point():
-                    tensor.data = tensor.data.to(dtype)
-    copy.register_forward_pre_hook(
-        lambda _module, inputs: tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
-    )
-
-
-def _is_finite(copy: nn.Module, x: Tensor) -> bool:
-    """Whether a forward and a backward pass, which can be done, give nothing but numbers."""
-    x = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        logits: Tensor = copy(x)
-        (gradient,) = torch.autograd.grad(logits.float().sum(), x, allow_unused=True)
-    return all(bool(tensor.isfinite().all()) for tensor in (logits, gradient) if tensor is not None)
