@@ -1,10 +1,13 @@
-"""What the machine could do at best: convolutions by themselves."""
+"""What the machine could do at best: convolutions, and all operations of a network, by themselves."""
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from measuring import now
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 CONVOLUTIONS = ((64, 32), (128, 16), (256, 8), (256, 14), (512, 7))
@@ -101,3 +107,101 @@ def convolutions_alone(
             torch.ops.aten.convolution_backward(gradient, given, weight, None, *options, (True, False, False))
 
     return forward, backward
+
+
+class Operations:
+    """All operations of a pass through a network, each timed by itself, over and over on the same random numbers.
+
+    The sum is what the pass would take without anything in between, and with inputs still in the caches where they fit:
+    less than any way of running them one after the other.
+    """
+
+    def __init__(self, pass_: Callable[[], object], device: torch.device) -> None:
+        with _Recording() as recording:
+            pass_()
+        self._times = [
+            (count, Timed(_on_random_numbers(*recording.calls[key], device), device))
+            for key, count in recording.counts.items()
+        ]
+
+    def warm_up(self, seconds: float) -> None:
+        """Finds for each kind how many calls take so long."""
+        for _, timed in self._times:
+            timed.warm_up(seconds)
+
+    def seconds(self) -> float:
+        """Of all of them."""
+        return sum(count * timed.seconds() for count, timed in self._times)
+
+
+def pass_of_attack(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Callable[[], object]:
+    """The gradient of the loss in the input, channels last, as if BN cost nothing: it is left out."""
+    net = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm):
+                setattr(module, name, nn.Identity())
+    net.to(dtype=dtype, memory_format=torch.channels_last)
+    x = x.detach().to(dtype=dtype, memory_format=torch.channels_last).requires_grad_()
+    return lambda: torch.autograd.grad(F.cross_entropy(net(x), y), x)
+
+
+def pass_of_update(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
+    """The gradient of the loss in gamma and beta, in training mode, channels last."""
+    net = copy.deepcopy(model).train().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    affine = [p for m in net.modules() if isinstance(m, _BatchNorm) for p in m.parameters()]
+    for parameter in affine:
+        parameter.requires_grad_()
+    x = x.detach().to(memory_format=torch.channels_last)
+    return lambda: torch.autograd.grad(F.cross_entropy(net(x), y), affine)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """A tensor of floating-point numbers, but for its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Recording(TorchDispatchMode):
+    """Takes down which operations are called, and how often with inputs of the same kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.calls: dict[str, tuple[Any, Any, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tree_map(_described, (args, kwargs or {}))
+        shapes = tree_map(lambda value: value.shape if isinstance(value, Tensor) else value, given)
+        key = f"{func} {shapes}"
+        self.counts[key] += 1
+        self.calls.setdefault(key, (func, *given))
+        return func(*args, **(kwargs or {}))
+
+
+def _described(value: object) -> object:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return _Numbers(tuple(value.shape), value.stride(), value.dtype)
+    return value  # indices are not arbitrary
+
+
+def _on_random_numbers(func: Any, args: Any, kwargs: Any, device: torch.device) -> Callable[[], object]:
+    """The call, on numbers of its own."""
+
+    def made(value: object) -> object:
+        if not isinstance(value, _Numbers):
+            return value
+        furthest = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride, strict=True))
+        held = torch.empty(1 + furthest, dtype=value.dtype, device=device).uniform_(-1, 1)
+        return held.as_strided(value.shape, value.stride)  # expanded tensors lie several times on the same numbers
+
+    args, kwargs = tree_map(made, (args, kwargs))
+
+    def call() -> object:
+        with torch.no_grad():
+            return func(*args, **kwargs)
+
+    return call

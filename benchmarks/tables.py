@@ -33,9 +33,16 @@ def spread(ratio: Mapping[str, float] | None) -> str:
     return "" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
-def bound(ratio: float) -> str:
-    """The sentence of it."""
-    return f" With nothing but the network's convolutions the ratio to torchattacks would be {ratio:.2f}."
+def bounds(found: Mapping[str, Any]) -> str:
+    """The sentence of them."""
+    own = [found[f"bound_by_{kind}"] for kind in ("operations", "convolutions")]
+    if None in own:
+        return ""
+    return (
+        f" With nothing but the network's operations, each by itself, the ratio to torchattacks would be {own[0]:.2f}, "
+        f"and the attack would reach {100 * found['share_of_limit_by_operations']:.0f}% of the limit; with nothing but "
+        f"its convolutions the ratio would be {own[1]:.2f}."
+    )
 
 
 def throughput(record: Mapping[str, Any]) -> str:
@@ -63,7 +70,7 @@ def throughput(record: Mapping[str, Any]) -> str:
             f"**{name}**, batch {case['batch']}, {case['size']} x {case['size']}\n\n{table(head, rows)}\n"
             f"Against the careful loop ({found['careful']}): {spread(found['ratio_to_careful'])}. The attack alone, in "
             f"{measured['precision']}: {share}, {100 * found['share_of_limit']:.0f}% of the limit."
-            f"{'' if found['bound'] is None else bound(found['bound'])}\n"
+            f"{bounds(found)}\n"
         )
     return "\n".join(parts) + made_with(record["environment"])
 

@@ -92,9 +92,10 @@ class Replica:
             sources: list[Tensor] = []
             targets: list[Tensor] = []
             for (weight, scale, bias), target in zip(fused_factors(self._pairs), self._targets, strict=True):
-                _multiply(weight, scale, target.weight)  # type: ignore[arg-type]
+                fused = target._parameters
+                _multiply(weight, scale, fused["weight"])  # type: ignore[arg-type]
                 sources.append(bias)
-                targets.append(target.bias)  # type: ignore[arg-type]
+                targets.append(fused["bias"])  # type: ignore[arg-type]
             for module, own, name in self._others:
                 source, held = getattr(module, name), getattr(own, name)
                 if source.shape == held.shape and _writable(held):

@@ -37,13 +37,16 @@ def signature(model: nn.Module) -> list[Any]:
         add(type(module))
         skipped = _SKIPPED_OF_BN if isinstance(module, _BatchNorm) else _SKIPPED
         for name, value in vars(module).items():
-            if name in skipped:
-                continue
             kind = type(value)
+            if name in skipped or (kind in _CONTAINERS and not value):
+                continue
             if kind in _PLAIN or (kind is tuple and is_plain(value)):
                 add(name)
                 add(value)
-            elif not ((kind in _CONTAINERS and not value) or isinstance(value, Tensor)):
+            elif isinstance(value, _OPAQUE):
+                add(name)
+                add(_Same(value))
+            elif not isinstance(value, Tensor):
                 add(name)
                 if own is None:
                     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}

@@ -89,15 +89,17 @@ def foldable(model: nn.Module, strict: bool) -> dict[str, nn.Module]:
     return layers
 
 
+@torch.no_grad()
 def normalized(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
     """Eq. 1 for all layers of a device at once: m and b of each, in float64 where the device has it."""
+    variances = [cast(Tensor, _read(layer, "running_var")) for layer in layers]
     by_device: dict[torch.device, list[int]] = {}
-    for index, layer in enumerate(layers):
-        by_device.setdefault(cast(Tensor, layer.running_var).device, []).append(index)
+    for index, variance in enumerate(variances):
+        by_device.setdefault(variance.device, []).append(index)
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for device, indices in by_device.items():
         own = [layers[index] for index in indices]
-        sizes = [len(cast(Tensor, layer.running_var)) for layer in own]
+        sizes = [variances[index].numel() for index in indices]
         epsilons = torch.tensor([cast(float, layer.eps) for layer in own], dtype=torch.float64)
         eps: float | Tensor = float(epsilons[0])
         if bool((epsilons != eps).any()):
@@ -110,6 +112,21 @@ def normalized(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
         b = beta - m * mean
         found.update(zip(indices, zip(torch.split(m, sizes), torch.split(b, sizes), strict=True), strict=True))
     return [found[index] for index in range(len(layers))]
+
+
+def converted(vectors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Each vector in its dtype, those of a kind all at once: themselves, or views of what is not held elsewhere."""
+    found = list(vectors)
+    alike: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
+    for index, (vector, dtype) in enumerate(zip(vectors, dtypes, strict=True)):
+        if vector.dtype != dtype:
+            alike.setdefault((vector.device, vector.dtype, dtype), []).append(index)
+    for (_, _, dtype), indices in alike.items():
+        own = [vectors[index] for index in indices]
+        parts = torch.split(torch.cat(own).to(dtype), [len(vector) for vector in own])
+        for index, part in zip(indices, parts, strict=True):
+            found[index] = part
+    return found
 
 
 def _joined(values: Sequence[Tensor | None], sizes: Sequence[int], missing: float, device: torch.device) -> Tensor:
@@ -129,10 +146,12 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 def _read(layer: nn.Module, name: str) -> Tensor | None:
-    """A parameter of a layer, computed where it is parametrized, as in evaluation mode."""
-    if "parametrizations" not in layer._modules or not parametrize.is_parametrized(layer, name):
-        value = getattr(layer, name)
-        return None if value is None else cast(Tensor, value).detach()
+    """A parameter or buffer of a layer, computed where it is parametrized, as in evaluation mode."""
+    for held in (layer._parameters, layer._buffers):  # as attributes they would take longer: there are many
+        if name in held:
+            return held[name]
+    if not parametrize.is_parametrized(layer, name):
+        return cast("Tensor | None", getattr(layer, name))
     with preserved(layer), torch.no_grad():  # in training mode a parametrization may move its buffers
         layer.eval()
         return cast(Tensor, getattr(layer, name)).detach()

@@ -19,7 +19,7 @@ from bnsurgery._refusals import has_activation, misfit, refusal
 from bnsurgery._symbolic import trace_symbolic
 from bnsurgery._tracing import Trace, is_bn, trace_eager
 from bnsurgery.errors import BNSurgeryWarning, FusionError
-from bnsurgery.folding import foldable, normalized
+from bnsurgery.folding import converted, foldable, normalized
 from bnsurgery.layers import named_modules
 
 _WIDE = (torch.float32, torch.float64)
@@ -163,17 +163,24 @@ def fused_factors(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> Iterator[tupl
         The weight itself, detached; the factor, of a shape that goes with it, in its dtype and at least float32; the
         bias.
     """
+    weights = [cast(Tensor, producer.weight).detach() for producer, _ in pairs]
+    shifts, factors = [], []
     for (producer, _), (m, b) in zip(pairs, normalized([layer for _, layer in pairs]), strict=True):
-        weight, bias = cast(Tensor, producer.weight).detach(), cast("Tensor | None", producer.bias)
-        if bias is not None:
-            b = b + m * bias.detach().to(m.dtype)
-        wide = weight.dtype if weight.dtype in _WIDE else torch.promote_types(weight.dtype, torch.float32)
-        scale = m.to(wide)
+        bias = cast("Tensor | None", producer.bias)
+        factors.append(m)
+        shifts.append(b if bias is None else b + m * bias.detach().to(m.dtype))
+    scales = converted(factors, [_at_least_float32(weight.dtype) for weight in weights])
+    biases = converted(shifts, [weight.dtype for weight in weights])
+    for (producer, _), weight, scale, shift in zip(pairs, weights, scales, biases, strict=True):
         if getattr(producer, "transposed", False):
             # (inputs, outputs / groups, ...): the inputs of a group lead to the outputs of that group alone.
             groups = cast(int, producer.groups)
             scale = scale.view(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1).reshape(weight.shape[:2])
-        yield weight, scale[(...,) + (None,) * (weight.ndim - scale.ndim)], b.to(weight.dtype)
+        yield weight, scale.view(*scale.shape, *(1,) * (weight.ndim - scale.ndim)), shift
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in _WIDE else torch.promote_types(dtype, torch.float32)
 
 
 def _trace(private: nn.Module, example_input: Any) -> Trace:
