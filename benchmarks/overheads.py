@@ -91,7 +91,7 @@ def measure(name: str, repeats: int, device: torch.device) -> dict[str, Any]:
 def main() -> int:
     """The command."""
     parser = parser_of(__doc__)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     args = parsed(parser, "overheads")
     if args.quick:

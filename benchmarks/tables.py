@@ -22,10 +22,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def made_with(environment: Mapping[str, Any]) -> str:
+def made_with(environment: Mapping[str, Any], commands: Sequence[str] = ()) -> str:
     """The line under a table."""
     versions = ", ".join(f"{name} {version}" for name, version in sorted(environment["versions"].items()))
-    return f"\n`{environment['command']}` on {environment['hardware']}; {versions}.\n"
+    made = " and ".join(f"`{command}`" for command in dict.fromkeys(commands or [environment["command"]]))
+    return f"\n{made} on {environment['hardware']}; {versions}.\n"
 
 
 def spread(ratio: Mapping[str, float] | None) -> str:
@@ -72,7 +73,8 @@ def throughput(record: Mapping[str, Any]) -> str:
             f"{measured['precision']}: {share}, {100 * found['share_of_limit']:.0f}% of the limit."
             f"{bounds(found)}\n"
         )
-    return "\n".join(parts) + made_with(record["environment"])
+    commands = [own[key] for own in record["models"].values() for key in ("command", "memory_command") if key in own]
+    return "\n".join(parts) + made_with(record["environment"], commands)
 
 
 def scaling(record: Mapping[str, Any]) -> str:
