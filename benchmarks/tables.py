@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py
 
-Reads the JSON files in ``benchmarks/results`` and writes a table next to each.
+Reads the JSON files in ``benchmarks/results``, writes a table next to each, and README's table of steps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -75,6 +76,27 @@ def throughput(record: Mapping[str, Any]) -> str:
         )
     commands = [own[key] for own in record["models"].values() for key in ("command", "memory_command") if key in own]
     return "\n".join(parts) + made_with(record["environment"], commands)
+
+
+def in_short(record: Mapping[str, Any]) -> str:
+    """README's: a step of each model."""
+    rows = []
+    for name, measured in record["models"].items():
+        found, case = measured["summary"], measured["case"]
+        own = found["contenders"]["bnsurgery"]
+        size = f"{case['batch']} x {case['size']} x {case['size']}"
+        memory = "" if own["memory_ratio"] is None else f"{own['memory_ratio']:.2f}"
+        ratios = spread(own["ratio"]), spread(found["ratio_to_careful"])
+        rows.append([name, size, f"{own['images_per_second']:.1f}", *ratios, memory])
+    head = (
+        "",
+        "batch",
+        "images/s",
+        "times as fast as torchattacks",
+        "as the careful loop",
+        "peak memory, of torchattacks'",
+    )
+    return table(head, rows)
 
 
 def scaling(record: Mapping[str, Any]) -> str:
@@ -180,6 +202,14 @@ def main() -> int:
             text = render(json.loads(path.read_text(encoding="utf-8")))
             path.with_suffix(".md").write_text(text, encoding="utf-8")
             print(f"wrote {name}.md")
+    path = RESULTS / "throughput.json"
+    if path.exists():
+        begin, end = "<!-- steps -->\n", "<!-- end of steps -->"
+        before, rest = README.read_text(encoding="utf-8").split(begin)
+        _, after = rest.split(end)
+        steps = in_short(json.loads(path.read_text(encoding="utf-8")))
+        README.write_text(f"{before}{begin}{steps}{end}{after}", encoding="utf-8")
+        print("wrote README's table")
     return 0
 
 

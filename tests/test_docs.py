@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import quickstart
@@ -108,12 +108,18 @@ def test_the_committed_output_and_record_are_of_the_same_run() -> None:
     assert (folder / "patch.safetensors").stat().st_size == record["patch_bytes"]
 
 
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("tables")
+
+
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "benchmarks/results").glob("*.md"))])
-def test_the_tables_of_benchmarks_are_those_of_the_result_files(name: str) -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        tables = importlib.import_module("tables")
-    finally:
-        sys.path.pop(0)
+def test_the_tables_of_benchmarks_are_those_of_the_result_files(name: str, tables: ModuleType) -> None:
     path = ROOT / "benchmarks/results" / f"{name}.json"
     assert tables.TABLES[name](json.loads(path.read_text("utf-8"))) == path.with_suffix(".md").read_text("utf-8")
+
+
+def test_the_readmes_table_is_that_of_the_result_file(tables: ModuleType) -> None:
+    record = json.loads((ROOT / "benchmarks/results/throughput.json").read_text("utf-8"))
+    assert f"<!-- steps -->\n{tables.in_short(record)}<!-- end of steps -->" in README

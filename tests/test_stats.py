@@ -622,6 +622,41 @@ def test_exact_refuses_a_model_whose_course_depends_on_the_data_and_pooled_takes
     assert_close(found(model), {"low": moments(x - 5), "high": moments(x + 5)}, 1e-5)
 
 
+class Paths(nn.Module):
+    """A path for each size of batch, some twice over the same layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.two = (nn.BatchNorm1d(3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        path = ((), (self.one,), (self.one, self.two), (self.two, self.one, self.two))[len(x) % 4]
+        for layer in path:
+            x = layer(x**3 + 1)
+        return x
+
+
+@given(sizes=st.lists(st.integers(2, 9), min_size=2, max_size=12), seed=st.integers(0, 99))
+def test_layers_that_only_some_batches_reach_pool_what_they_see(sizes: list[int], seed: int) -> None:
+    x = torch.randn(sum(sizes), 3, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    model, batches = Paths().double(), list(x.split(sizes))
+    inputs = {name: parts for name, parts in layer_inputs(model, batches).items() if parts}
+    result = recalibrate_bn(model, batches)
+    assert result.elements == {name: sum(len(part) for part in parts) for name, parts in inputs.items()}
+    got = {name: value for name, value in found(model).items() if name in inputs}
+    assert_close(got, {name: moments(*parts) for name, parts in inputs.items()}, 1e-10)
+
+
+def test_layers_that_write_to_the_same_buffers_are_read_one_by_one() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    model[2].running_mean, model[2].running_var = model[0].running_mean, model[0].running_var
+    batches = list(torch.rand(20, 3, dtype=F64).split(5))
+    inputs = layer_inputs(model, batches)
+    recalibrate_bn(model, batches)
+    assert_close(found(model), dict.fromkeys(("0", "2"), moments(*inputs["2"])), 1e-10)  # the last one stays
+
+
 # kinds of data and of models
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class Moments:
         x = x.detach()
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         count = x.numel() // x.shape[1]
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        wide = _wide(x.device)
         if not count:
             zeros = torch.zeros(x.shape[1], dtype=wide, device=x.device)
             return cls(0, zeros, zeros)
@@ -40,7 +41,7 @@ class Moments:
     @classmethod
     def of_sample(cls, count: int, mean: Tensor, variance: Tensor) -> Moments:
         """From the mean and the unbiased variance (C,) of so many elements, which are copied."""
-        wide = torch.float32 if mean.device.type == "mps" else torch.float64
+        wide = _wide(mean.device)
         return cls(count, mean.detach().to(wide, copy=True), variance.detach().to(wide) * (count - 1))
 
     def merge(self, other: Moments) -> Moments:
@@ -61,6 +62,41 @@ class Moments:
         return Moments(self.count, self.mean.to(device), self.m2.to(device))
 
 
+class Joined:
+    """Layers that take part in one batch after the other together."""
+
+    def __init__(self, total: dict[str, Moments]) -> None:
+        """Of the layers by name, in ``total`` in the end."""
+        self._total = total
+        self._last: dict[torch.device, tuple[list[str], _EndToEnd]] = {}
+
+    def add(self, samples: dict[str, tuple[int, Tensor, Tensor]]) -> None:
+        """Merges how many elements, mean and unbiased variance of each layer in a batch."""
+        for device in dict.fromkeys(mean.device for _, mean, _ in samples.values()):
+            names = [name for name, (_, mean, _) in samples.items() if mean.device == device]
+            counts, means, variances = zip(*(samples[name] for name in names), strict=True)
+            if device not in self._last or self._last[device][0] != names:  # another path through the model
+                self._write(device)
+                self._last[device] = names, _EndToEnd([len(mean) for mean in means], device)
+            self._last[device][1].add_samples(counts, means, variances)
+
+    def end(self) -> None:
+        """Merges into the total what has not been."""
+        for device in list(self._last):
+            self._write(device)
+
+    def _write(self, device: torch.device) -> None:
+        if device in self._last:
+            names, moments = self._last.pop(device)
+            for name, own in zip(names, moments.split(), strict=True):
+                merge(self._total, name, own)
+
+
+def merge(total: dict[Any, Moments], key: Any, moments: Moments) -> None:
+    """Merges moments into those under a key."""
+    total[key] = total[key].merge(moments) if key in total else moments
+
+
 def over_ranks(value: dict[Any, Moments], device: torch.device) -> dict[Any, Moments]:
     """The moments of all ranks of ``torch.distributed`` merged, key by key, in the order of the ranks."""
     if not distributed():
@@ -70,7 +106,7 @@ def over_ranks(value: dict[Any, Moments], device: torch.device) -> dict[Any, Mom
     total: dict[Any, Moments] = {}
     for part in gathered:
         for key, moments in part.items():
-            total[key] = total[key].merge(moments) if key in total else moments
+            merge(total, key, moments)
     return {key: moments.to(device) for key, moments in total.items()}
 
 
@@ -86,3 +122,42 @@ def sum_over_ranks(value: int) -> int:
 def distributed() -> bool:
     """Whether this is one of several processes of ``torch.distributed``."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+class _EndToEnd:
+    """The moments of several layers of one device, their channels end to end: few operations where there are many."""
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        self._sizes, self._device, self._wide = list(sizes), device, _wide(device)
+        self._counts = [0] * len(self._sizes)
+        self._mean = torch.zeros(sum(self._sizes), dtype=self._wide, device=device)
+        self._m2 = torch.zeros_like(self._mean)
+
+    def add_samples(self, counts: Sequence[int], means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
+        """Merges the mean and the unbiased variance (C,) of so many more elements, at least two, of each layer."""
+        totals = [count + more for count, more in zip(self._counts, counts, strict=True)]
+        parts = [more / total for more, total in zip(counts, totals, strict=True)]
+        # In turn: of what is added, the share, the elements but one, and Chan's factor.
+        share, freedom, factor = self._per_channel(
+            parts,
+            [more - 1 for more in counts],
+            [count * part for count, part in zip(self._counts, parts, strict=True)],
+        )
+        delta = torch.cat(list(means)).to(self._wide) - self._mean
+        self._mean += delta * share
+        self._m2 += torch.cat(list(variances)).to(self._wide) * freedom + delta.square() * factor
+        self._counts = totals
+
+    def split(self) -> Iterator[Moments]:
+        """Those of each layer."""
+        means, m2s = (torch.split(joined, self._sizes) for joined in (self._mean, self._m2))
+        return (Moments(*own) for own in zip(self._counts, means, m2s, strict=True))
+
+    def _per_channel(self, *values: Sequence[float]) -> Tensor:
+        """A row for each list, with the value of a layer for each of its channels."""
+        layers = torch.tensor(values, dtype=torch.float64)
+        return layers.repeat_interleave(torch.tensor(self._sizes), dim=1).to(self._device, self._wide)
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._data import describe
 from bnsurgery._modes import Snapshot, preserved
-from bnsurgery._moments import Moments, over_ranks, sum_over_ranks
+from bnsurgery._moments import Joined, Moments, merge, over_ranks, sum_over_ranks
 from bnsurgery.adapters import craft
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.layers import device_of, has_statistics, label, require_statistics, statistics
@@ -120,7 +121,14 @@ class Run:
     def pooled(self, source: Iterable[Any]) -> dict[str, Found]:
         """One pass in which BN normalises by the batch; the buffers end as they were."""
         total: dict[str, Moments] = {}
+        joined = Joined(total)
         recording = {name for name, layer in self.layers.items() if _records(layer)}
+        addresses = Counter(buffer.data_ptr() for name in recording for buffer in _moving(self.layers[name]))
+        lasting = {
+            name
+            for name in recording
+            if all(addresses[buffer.data_ptr()] == 1 for buffer in _moving(self.layers[name]))
+        }
         for name, layer in self.layers.items():
             layer.training = True
             if name in recording:
@@ -132,20 +140,29 @@ class Run:
                 layer.track_running_stats = False
         for batch in source:
             own: dict[str, Moments] = {}
+            held: dict[str, int] = {}  # layers whose buffers are those of their last call, over so many elements
 
-            def add(name: str, x: Tensor, own: dict[str, Moments] = own) -> None:
+            def add(name: str, x: Tensor, own: dict[str, Moments] = own, held: dict[str, int] = held) -> None:
                 _more_than_one(x)
+                if name in held:
+                    read(name, held.pop(name))
                 if name not in recording or not x.numel():
-                    _merge(own, name, Moments.of(x))
+                    merge(own, name, Moments.of(x))
 
-            def read(name: str, x: Tensor, own: dict[str, Moments] = own) -> None:
+            def read(name: str, count: int, own: dict[str, Moments] = own) -> None:
+                merge(own, name, Moments.of_sample(count, *_moving(self.layers[name])))
+
+            def note(name: str, x: Tensor, held: dict[str, int] = held) -> None:
                 if name in recording and x.numel():
-                    mean, variance = _moving(self.layers[name])
-                    _merge(own, name, Moments.of_sample(x.numel() // x.shape[1], mean, variance))
+                    held[name] = x.numel() // x.shape[1]
+                    if name not in lasting:  # another layer writes to the same buffers
+                        read(name, held.pop(name))
 
-            if self._counts(batch, add, read):
+            if self._counts(batch, add, note):
                 for name, moments in own.items():
-                    _merge(total, name, moments)
+                    merge(total, name, moments)
+                joined.add({name: (count, *_moving(self.layers[name])) for name, count in held.items()})
+        joined.end()
         self.batches = sum_over_ranks(self.batches)
         return _found(over_ranks(total, self.device))
 
@@ -196,7 +213,7 @@ class Run:
                     call = name, calls.get(name, 0)
                     calls[name] = call[1] + 1
                     if call not in known:
-                        _merge(found, call, Moments.of(x))  # noqa: B023 - called within this pass
+                        merge(found, call, Moments.of(x))  # noqa: B023 - called within this pass
                         raise _Reached
                     layer = self.layers[name]
                     cast("Tensor", layer.running_mean).copy_(known[call].mean)
@@ -216,7 +233,7 @@ class Run:
             known.update(found)
         total: dict[str, Moments] = {}
         for (name, _), moments in known.items():
-            _merge(total, name, moments)
+            merge(total, name, moments)
         return _found(total)
 
     def write(self, found: dict[str, Found], estimator: Estimator) -> Recalibration:
@@ -309,10 +326,6 @@ def _records(layer: _BatchNorm) -> bool:
 
 def _moving(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     return cast("Tensor", layer.running_mean), cast("Tensor", layer.running_var)
-
-
-def _merge(total: dict[Any, Moments], key: Any, moments: Moments) -> None:
-    total[key] = total[key].merge(moments) if key in total else moments
 
 
 def _found(total: dict[str, Moments]) -> dict[str, Found]:
