@@ -112,8 +112,9 @@ def convolutions_alone(
 class Operations:
     """All operations of a pass through a network, each timed by itself, over and over on the same random numbers.
 
-    The sum is what the pass would take without anything in between, and with inputs still in the caches where they fit:
-    less than any way of running them one after the other.
+    The sum is about the least that the pass takes where its operations run one after the other: nothing comes in
+    between, and what fits into the caches is there. Views count for nothing. For CPUs: a GPU may run a captured pass in
+    less time than it takes to launch these.
     """
 
     def __init__(self, pass_: Callable[[], object], device: torch.device) -> None:
@@ -126,12 +127,14 @@ class Operations:
 
     def warm_up(self, seconds: float) -> None:
         """Finds for each kind how many calls take so long."""
-        for _, timed in self._times:
-            timed.warm_up(seconds)
+        with torch.no_grad():
+            for _, timed in self._times:
+                timed.warm_up(seconds)
 
     def seconds(self) -> float:
         """Of all of them."""
-        return sum(count * timed.seconds() for count, timed in self._times)
+        with torch.no_grad():
+            return sum(count * timed.seconds() for count, timed in self._times)
 
 
 def pass_of_attack(model: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype) -> Callable[[], object]:
@@ -158,8 +161,13 @@ def pass_of_update(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], objec
 
 @dataclass(frozen=True)
 class _Numbers:
-    """A tensor of floating-point numbers, but for its values."""
+    """A tensor of floating-point numbers, but for its values.
 
+    Attributes:
+        index: the same for the same tensor, within a call.
+    """
+
+    index: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -174,7 +182,17 @@ class _Recording(TorchDispatchMode):
         self.calls: dict[str, tuple[Any, Any, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = tree_map(_described, (args, kwargs or {}))
+        if func.is_view:
+            return func(*args, **(kwargs or {}))
+        met: dict[int, int] = {}
+
+        def described(value: object) -> object:
+            if not (isinstance(value, Tensor) and value.is_floating_point()):
+                return value  # indices are not arbitrary
+            index = met.setdefault(id(value), len(met))
+            return _Numbers(index, tuple(value.shape), value.stride(), value.dtype)
+
+        given = tree_map(described, (args, kwargs or {}))
         shapes = tree_map(lambda value: value.shape if isinstance(value, Tensor) else value, given)
         key = f"{func} {shapes}"
         self.counts[key] += 1
@@ -182,26 +200,18 @@ class _Recording(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _described(value: object) -> object:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return _Numbers(tuple(value.shape), value.stride(), value.dtype)
-    return value  # indices are not arbitrary
-
-
 def _on_random_numbers(func: Any, args: Any, kwargs: Any, device: torch.device) -> Callable[[], object]:
     """The call, on numbers of its own."""
+    held: dict[int, Tensor] = {}
 
     def made(value: object) -> object:
         if not isinstance(value, _Numbers):
             return value
-        furthest = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride, strict=True))
-        held = torch.empty(1 + furthest, dtype=value.dtype, device=device).uniform_(-1, 1)
-        return held.as_strided(value.shape, value.stride)  # expanded tensors lie several times on the same numbers
+        if value.index not in held:
+            furthest = sum(max(size - 1, 0) * stride for size, stride in zip(value.shape, value.stride, strict=True))
+            numbers = torch.empty(1 + furthest, dtype=value.dtype, device=device).uniform_(-1, 1)
+            held[value.index] = numbers.as_strided(value.shape, value.stride)  # expanded ones lie on the same numbers
+        return held[value.index]
 
     args, kwargs = tree_map(made, (args, kwargs))
-
-    def call() -> object:
-        with torch.no_grad():
-            return func(*args, **kwargs)
-
-    return call
+    return lambda: func(*args, **kwargs)

@@ -37,14 +37,16 @@ def spread(ratio: Mapping[str, float] | None) -> str:
 
 def bounds(found: Mapping[str, Any]) -> str:
     """The sentence of them."""
-    own = [found[f"bound_by_{kind}"] for kind in ("operations", "convolutions")]
-    if None in own:
-        return ""
-    return (
-        f" With nothing but the network's operations, each by itself, the ratio to torchattacks would be {own[0]:.2f}, "
-        f"and the attack would reach {100 * found['share_of_limit_by_operations']:.0f}% of the limit; with nothing but "
-        f"its convolutions the ratio would be {own[1]:.2f}."
-    )
+    own, share = found.get("bounds", {}), found.get("share_of_limit_by_operations")
+    text = ""
+    if "operations" in own:
+        text += (
+            f" With nothing but the network's operations, each by itself, the ratio to torchattacks would be "
+            f"{own['operations']:.2f}, and the attack would reach {100 * share:.0f}% of the limit."
+        )
+    if "convolutions" in own:
+        text += f" With nothing but its convolutions the ratio would be {own['convolutions']:.2f}."
+    return text
 
 
 def throughput(record: Mapping[str, Any]) -> str:

@@ -172,10 +172,10 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
         forward, backward = convolutions_alone(model.eval(), batches[0][0], digits)
         bare[kind] = Timed(lambda forward=forward, backward=backward: (forward(), backward()), device)  # type: ignore[misc]
     x, y = batches[0]
-    operations = {
-        "pass of the attack": Operations(pass_of_attack(model, x, y, dtype), device),
-        "pass of the update": Operations(pass_of_update(model, x, y), device),
-    }
+    operations = {}
+    if device.type == "cpu":
+        operations["pass of the attack"] = Operations(pass_of_attack(model, x, y, dtype), device)
+        operations["pass of the update"] = Operations(pass_of_update(model, x, y), device)
 
     found: dict[str, Any] = {
         "repeats": args.repeats,
@@ -293,27 +293,30 @@ def summary(measured: Mapping[str, Any]) -> dict[str, Any]:
     limit = max(max(own) for own in measured["convolution_flop_per_second"].values())
     attack_steps = measured["case"]["attack_steps"]
 
-    def least(kind: str) -> tuple[float, float]:
+    def least(kind: str) -> tuple[float, float] | None:
         """Seconds of a step's passes, and of those of the attack, of parts of the network alone."""
-        own = {pass_: statistics.median(seconds) for pass_, seconds in measured[kind].items()}
+        own = {pass_: statistics.median(seconds) for pass_, seconds in measured.get(kind, {}).items()}
+        if not own:
+            return None
         attack = attack_steps * own["pass of the attack"]
         return attack + own["pass of the update"], attack
 
-    convolutions, _ = least("convolutions_of_network_seconds")
-    operations, operations_of_attack = least("operations_of_network_seconds")
+    bounds = {kind: least(f"{kind}_of_network_seconds") for kind in ("convolutions", "operations")}
+    operations = bounds["operations"]
     achieved = measured["attack_flop_per_image"] * batch / medians[OURS]
     return {
         "contenders": rows,
         "careful": best,
-        "bound_by_convolutions": usual[BASELINE] / convolutions if BASELINE in usual else None,
-        "bound_by_operations": usual[BASELINE] / operations if BASELINE in usual else None,
+        "bounds": {kind: usual[BASELINE] / own[0] for kind, own in bounds.items() if own and BASELINE in usual},
         "ratio_to_careful": None if best is None else ratios(steps, "bnsurgery", best),
         "attack_alone_images_per_second": {name: batch / seconds for name, seconds in medians.items()},
         "convolution_median_flop_per_second": limits,
         "limit_flop_per_second": limit,
         "attack_flop_per_second": achieved,
         "share_of_limit": achieved / limit,
-        "share_of_limit_by_operations": measured["attack_flop_per_image"] * batch / operations_of_attack / limit,
+        "share_of_limit_by_operations": None
+        if operations is None
+        else measured["attack_flop_per_image"] * batch / operations[1] / limit,
     }
 
 
@@ -341,17 +344,17 @@ def show(measured: Mapping[str, Any]) -> None:
         )
     if found["careful"] is not None:
         print(f"  careful is {found['careful']!r}; bnsurgery is {spread(found['ratio_to_careful'])} times as fast")
-    if found["bound_by_operations"] is not None:
-        for kind in ("convolutions", "operations"):
-            print(f"  the network's {kind} alone would be {found[f'bound_by_{kind}']:.2f} times as fast as {BASELINE}")
+    for kind, bound in found["bounds"].items():
+        print(f"  the network's {kind} alone would be {bound:.2f} times as fast as {BASELINE}")
     for name, rate in found["attack_alone_images_per_second"].items():
         print(f"  {name}: {rate:.2f} images/s")
     for name, rate in found["convolution_median_flop_per_second"].items():
         print(f"  {measured['precision']} convolution, {name}: {rate / 1e9:.1f} GFLOP/s")
+    alone = found["share_of_limit_by_operations"]
     print(
         f"  share of the limit: {found['attack_flop_per_second'] / 1e9:.1f} of "
         f"{found['limit_flop_per_second'] / 1e9:.1f} GFLOP/s, {100 * found['share_of_limit']:.0f}%"
-        f" ({100 * found['share_of_limit_by_operations']:.0f}% if the network's operations took their own time alone)",
+        f"{'' if alone is None else f' ({100 * alone:.0f}% with the operations of the network alone)'}",
         flush=True,
     )
 

@@ -29,7 +29,7 @@ from bnsurgery import (
     recalibrate_bn,
     reset_bn_stats,
 )
-from bnsurgery._moments import Moments
+from bnsurgery._moments import Joined, Moments, Sample
 from networks import AFFINE_FREE, HEAVY, LIGHT, NETWORK_1D, NETWORK_3D, RESNET20, SHARED, SMALL, TIMM, Case, small
 from reference import (
     batch_norm,
@@ -623,38 +623,106 @@ def test_exact_refuses_a_model_whose_course_depends_on_the_data_and_pooled_takes
 
 
 class Paths(nn.Module):
-    """A path for each size of batch, some twice over the same layer."""
+    """A path for each size of batch, some twice over the same layer, over layers of several widths and sizes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.one, self.two = (nn.BatchNorm1d(3) for _ in range(3))
+        self.first, self.one, self.two = nn.BatchNorm2d(3), nn.BatchNorm2d(6), nn.BatchNorm2d(6)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        path = ((), (self.one,), (self.one, self.two), (self.two, self.one, self.two))[len(x) % 4]
-        for layer in path:
+        x = F.avg_pool2d(torch.cat([x, x**2], 1), 2)
+        one, two = self.one, self.two
+        for layer in ((), (one,), (two,), (one, two), (two, one), (one, two, one), (two, two))[len(x) % 7]:
             x = layer(x**3 + 1)
         return x
 
 
-@given(sizes=st.lists(st.integers(2, 9), min_size=2, max_size=12), seed=st.integers(0, 99))
+@settings(max_examples=30)
+@given(sizes=st.lists(st.integers(2, 15), min_size=2, max_size=12), seed=st.integers(0, 99))
 def test_layers_that_only_some_batches_reach_pool_what_they_see(sizes: list[int], seed: int) -> None:
-    x = torch.randn(sum(sizes), 3, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(sum(sizes), 3, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(seed))
     model, batches = Paths().double(), list(x.split(sizes))
     inputs = {name: parts for name, parts in layer_inputs(model, batches).items() if parts}
     result = recalibrate_bn(model, batches)
-    assert result.elements == {name: sum(len(part) for part in parts) for name, parts in inputs.items()}
+    assert result.elements == {
+        name: sum(part.numel() // part.shape[1] for part in parts) for name, parts in inputs.items()
+    }
     got = {name: value for name, value in found(model).items() if name in inputs}
-    assert_close(got, {name: moments(*parts) for name, parts in inputs.items()}, 1e-10)
+    assert_close(got, {name: moments(*parts) for name, parts in inputs.items()}, 1e-9)
 
 
-def test_layers_that_write_to_the_same_buffers_are_read_one_by_one() -> None:
+def test_what_writes_to_the_buffers_later_in_a_batch_changes_nothing() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
-    model[2].running_mean, model[2].running_var = model[0].running_mean, model[0].running_var
+    model[2].running_mean = model[0].running_mean  # the second layer's is what it will hold
     batches = list(torch.rand(20, 3, dtype=F64).split(5))
     inputs = layer_inputs(model, batches)
-    recalibrate_bn(model, batches)
-    assert_close(found(model), dict.fromkeys(("0", "2"), moments(*inputs["2"])), 1e-10)  # the last one stays
+
+    def twice(network: nn.Module, batch: Tensor) -> None:
+        network(batch)
+        for buffer in network.buffers():
+            buffer.fill_(7)
+
+    recalibrate_bn(model, batches, forward=twice)
+    (_, first), (mean, second) = moments(*inputs["0"]), moments(*inputs["2"])
+    assert_close(found(model), {"0": (mean, first), "2": (mean, second)}, 1e-10)
+
+
+def test_statistics_on_lent_buffers_are_read_while_they_are_lent() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    batches = list(torch.rand(20, 3, dtype=F64).split(5))
+    expected = pooled(model, batches)
+
+    def lent(network: nn.Module, batch: Tensor) -> Tensor:
+        values = {name: value.clone() for name, value in network.state_dict().items()}
+        return torch.func.functional_call(network, values, (batch,))
+
+    recalibrate_bn(model, batches, forward=lent)
+    assert_close(found(model), expected, 1e-10)
+
+
+def test_a_batch_that_is_left_out_leaves_no_nan_behind() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)).double()
+    batches = list(torch.rand(12, 3, 4, 4, dtype=F64).split(4))
+    expected = pooled(model, batches)
+    bad = torch.full((1, 3, 4, 4), torch.inf, dtype=F64)
+    with pytest.warns(BNSurgeryWarning, match="one value per channel"):
+        result = recalibrate_bn(model, [batches[0], bad, *batches[1:]])
+    assert (result.batches, result.left_out) == (3, 1)
+    assert_close(found(model), expected, 1e-10)
+
+
+class Halting(nn.Module):
+    """Puts a layer into evaluation mode itself, as where a stage is to stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stays, self.moves = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.stays.eval()
+        return self.moves(self.stays(x))
+
+
+def test_a_layer_that_evaluates_by_itself_normalises_by_what_it_had() -> None:
+    model = Halting().double()
+    with torch.no_grad():
+        model.stays.running_mean.fill_(0.3)
+        model.stays.running_var.fill_(0.2)
+    x = torch.rand(20, 3, dtype=F64)
+    evaluated = F.batch_norm(x, model.stays.running_mean.clone(), model.stays.running_var.clone())
+    recalibrate_bn(model, x.split(5))
+    assert_close(found(model), {"stays": moments(x), "moves": moments(evaluated)}, 1e-10)
+
+
+def test_joined_moments_lie_in_memory_of_their_own() -> None:
+    total: dict[str, Moments] = {}
+    joined = Joined(total)
+    joined.add({name: Sample(8, torch.rand(size), torch.rand(size)) for name, size in (("a", 3), ("b", 50))})
+    joined.end()
+    for name, size in (("a", 3), ("b", 50)):
+        for values in (total[name].mean, total[name].m2):
+            assert values.untyped_storage().nbytes() == 8 * size
 
 
 # kinds of data and of models

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,20 @@ class Moments:
         return Moments(self.count, self.mean.to(device), self.m2.to(device))
 
 
+class Sample(NamedTuple):
+    """What a BN layer computes of its input.
+
+    Attributes:
+        count: elements per channel, at least two.
+        mean: (C,).
+        variance: unbiased (C,).
+    """
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+
+
 class Joined:
     """Layers that take part in one batch after the other together."""
 
@@ -70,15 +84,14 @@ class Joined:
         self._total = total
         self._last: dict[torch.device, tuple[list[str], _EndToEnd]] = {}
 
-    def add(self, samples: dict[str, tuple[int, Tensor, Tensor]]) -> None:
-        """Merges how many elements, mean and unbiased variance of each layer in a batch."""
-        for device in dict.fromkeys(mean.device for _, mean, _ in samples.values()):
-            names = [name for name, (_, mean, _) in samples.items() if mean.device == device]
-            counts, means, variances = zip(*(samples[name] for name in names), strict=True)
-            if device not in self._last or self._last[device][0] != names:  # another path through the model
+    def add(self, samples: dict[str, Sample]) -> None:
+        """Merges those of a batch."""
+        for device in dict.fromkeys(sample.mean.device for sample in samples.values()):
+            own = {name: sample for name, sample in samples.items() if sample.mean.device == device}
+            if device not in self._last or self._last[device][0] != list(own):  # another path through the model
                 self._write(device)
-                self._last[device] = names, _EndToEnd([len(mean) for mean in means], device)
-            self._last[device][1].add_samples(counts, means, variances)
+                self._last[device] = list(own), _EndToEnd([len(sample.mean) for sample in own.values()], device)
+            self._last[device][1].add(list(own.values()))
 
     def end(self) -> None:
         """Merges into the total what has not been."""
@@ -129,12 +142,15 @@ class _EndToEnd:
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
         self._sizes, self._device, self._wide = list(sizes), device, _wide(device)
+        layers = torch.arange(len(self._sizes)).repeat_interleave(torch.tensor(self._sizes))
+        self._layer_of = layers.to(device)
         self._counts = [0] * len(self._sizes)
-        self._mean = torch.zeros(sum(self._sizes), dtype=self._wide, device=device)
+        self._mean = torch.zeros(len(layers), dtype=self._wide, device=device)
         self._m2 = torch.zeros_like(self._mean)
 
-    def add_samples(self, counts: Sequence[int], means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
-        """Merges the mean and the unbiased variance (C,) of so many more elements, at least two, of each layer."""
+    def add(self, samples: Sequence[Sample]) -> None:
+        """Merges one of each layer."""
+        counts = [sample.count for sample in samples]
         totals = [count + more for count, more in zip(self._counts, counts, strict=True)]
         parts = [more / total for more, total in zip(counts, totals, strict=True)]
         # In turn: of what is added, the share, the elements but one, and Chan's factor.
@@ -143,20 +159,25 @@ class _EndToEnd:
             [more - 1 for more in counts],
             [count * part for count, part in zip(self._counts, parts, strict=True)],
         )
-        delta = torch.cat(list(means)).to(self._wide) - self._mean
+        delta = torch.cat([sample.mean for sample in samples]).to(self._wide) - self._mean
         self._mean += delta * share
-        self._m2 += torch.cat(list(variances)).to(self._wide) * freedom + delta.square() * factor
+        variance = torch.cat([sample.variance for sample in samples]).to(self._wide)
+        self._m2 += variance * freedom + delta.square() * factor
         self._counts = totals
 
     def split(self) -> Iterator[Moments]:
-        """Those of each layer."""
-        means, m2s = (torch.split(joined, self._sizes) for joined in (self._mean, self._m2))
-        return (Moments(*own) for own in zip(self._counts, means, m2s, strict=True))
+        """Those of each layer, in memory of their own: a view would be sent between processes with all the rest."""
+        for count, *parts in zip(
+            self._counts, *(torch.split(joined, self._sizes) for joined in (self._mean, self._m2)), strict=True
+        ):
+            yield Moments(count, *(part.clone() for part in parts))
 
     def _per_channel(self, *values: Sequence[float]) -> Tensor:
         """A row for each list, with the value of a layer for each of its channels."""
-        layers = torch.tensor(values, dtype=torch.float64)
-        return layers.repeat_interleave(torch.tensor(self._sizes), dim=1).to(self._device, self._wide)
+        layers = torch.tensor(values, dtype=self._wide)
+        if self._device.type == "cuda":  # from pinned memory, the host need not wait for the device
+            layers = layers.pin_memory()
+        return layers.to(self._device, non_blocking=True)[:, self._layer_of]
 
 
 def _wide(device: torch.device) -> torch.dtype:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._data import describe
 from bnsurgery._modes import Snapshot, preserved
-from bnsurgery._moments import Joined, Moments, merge, over_ranks, sum_over_ranks
+from bnsurgery._moments import Joined, Moments, Sample, merge, over_ranks, sum_over_ranks
 from bnsurgery.adapters import craft
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.layers import device_of, has_statistics, label, require_statistics, statistics
@@ -123,45 +122,47 @@ class Run:
         total: dict[str, Moments] = {}
         joined = Joined(total)
         recording = {name for name, layer in self.layers.items() if _records(layer)}
-        addresses = Counter(buffer.data_ptr() for name in recording for buffer in _moving(self.layers[name]))
-        lasting = {
-            name
-            for name in recording
-            if all(addresses[buffer.data_ptr()] == 1 for buffer in _moving(self.layers[name]))
-        }
+        before = {name: [buffer.clone() for buffer in _moving(self.layers[name])] for name in recording}
+
+        def clear() -> None:
+            for name in recording:
+                for buffer in _moving(self.layers[name]):
+                    buffer.zero_()  # NaN would outlast a factor of zero
+
         for name, layer in self.layers.items():
             layer.training = True
             if name in recording:
                 # Its running statistics become those of each batch, at no cost: it computes them anyway.
                 layer.momentum, layer.track_running_stats = 1.0, True
-                for buffer in _moving(layer):
-                    buffer.zero_()  # NaN would outlast a factor of zero
             elif has_statistics(layer):
                 layer.track_running_stats = False
+        clear()
         for batch in source:
             own: dict[str, Moments] = {}
-            held: dict[str, int] = {}  # layers whose buffers are those of their last call, over so many elements
+            last: dict[str, Sample] = {}  # of each layer's last call
 
-            def add(name: str, x: Tensor, own: dict[str, Moments] = own, held: dict[str, int] = held) -> None:
+            def add(name: str, x: Tensor, own: dict[str, Moments] = own, last: dict[str, Sample] = last) -> None:
                 _more_than_one(x)
-                if name in held:
-                    read(name, held.pop(name))
-                if name not in recording or not x.numel():
+                if name in last:
+                    merge(own, name, Moments.of_sample(*last.pop(name)))
+                layer = self.layers[name]
+                if name in recording and not layer.training:  # the model's own forward has put it there
+                    for buffer, value in zip(_moving(layer), before[name], strict=True):
+                        buffer.copy_(value)
+                if name not in recording or not layer.training or not x.numel():
                     merge(own, name, Moments.of(x))
 
-            def read(name: str, count: int, own: dict[str, Moments] = own) -> None:
-                merge(own, name, Moments.of_sample(count, *_moving(self.layers[name])))
+            def read(name: str, x: Tensor, last: dict[str, Sample] = last) -> None:
+                if name in recording and self.layers[name].training and x.numel():
+                    mean, variance = _moving(self.layers[name])  # whatever writes to them next
+                    last[name] = Sample(x.numel() // x.shape[1], mean.clone(), variance.clone())
 
-            def note(name: str, x: Tensor, held: dict[str, int] = held) -> None:
-                if name in recording and x.numel():
-                    held[name] = x.numel() // x.shape[1]
-                    if name not in lasting:  # another layer writes to the same buffers
-                        read(name, held.pop(name))
-
-            if self._counts(batch, add, note):
+            if self._counts(batch, add, read):
                 for name, moments in own.items():
                     merge(total, name, moments)
-                joined.add({name: (count, *_moving(self.layers[name])) for name, count in held.items()})
+                joined.add(last)
+            else:
+                clear()
         joined.end()
         self.batches = sum_over_ranks(self.batches)
         return _found(over_ranks(total, self.device))
