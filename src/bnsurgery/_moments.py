@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,10 +39,10 @@ class Moments:
         return cls(count, mean.to(wide), variance.to(wide) * count)
 
     @classmethod
-    def of_sample(cls, count: int, mean: Tensor, variance: Tensor) -> Moments:
-        """From the mean and the unbiased variance (C,) of so many elements, which are copied."""
-        wide = _wide(mean.device)
-        return cls(count, mean.detach().to(wide, copy=True), variance.detach().to(wide) * (count - 1))
+    def of_sample(cls, sample: Sample) -> Moments:
+        """From what a layer has computed."""
+        wide = _wide(sample.mean.device)
+        return cls(sample.count, sample.mean.to(wide), sample.variance.to(wide) * (sample.count - 1))
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of elements together (Chan, Golub and LeVeque, 1979)."""
@@ -62,7 +62,8 @@ class Moments:
         return Moments(self.count, self.mean.to(device), self.m2.to(device))
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True)
+class Sample:
     """What a BN layer computes of its input.
 
     Attributes:

@@ -144,7 +144,7 @@ class Run:
             def add(name: str, x: Tensor, own: dict[str, Moments] = own, last: dict[str, Sample] = last) -> None:
                 _more_than_one(x)
                 if name in last:
-                    merge(own, name, Moments.of_sample(*last.pop(name)))
+                    merge(own, name, Moments.of_sample(last.pop(name)))
                 layer = self.layers[name]
                 if name in recording and not layer.training:  # the model's own forward has put it there
                     for buffer, value in zip(_moving(layer), before[name], strict=True):
