@@ -6,7 +6,7 @@ import copy
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+ALIGNED = 64
+"""Numbers between the beginnings of tensors: whole cache lines."""
 CONVOLUTIONS = ((64, 32), (128, 16), (256, 8), (256, 14), (512, 7))
 """Channels, and height and width, of the 3x3 convolutions whose best rate is the limit."""
 
@@ -120,8 +122,13 @@ class Operations:
     def __init__(self, pass_: Callable[[], object], device: torch.device) -> None:
         with _Recording() as recording:
             pass_()
+        # Operations take turns on the same memory; tensors of one of them lie apart.
+        held = {
+            dtype: torch.empty(size, dtype=dtype, device=device).uniform_(-1, 1)
+            for dtype, size in recording.sizes.items()
+        }
         self._times = [
-            (count, Timed(_on_random_numbers(*recording.calls[key], device), device))
+            (count, Timed(_on_random_numbers(*recording.calls[key], held), device))
             for key, count in recording.counts.items()
         ]
 
@@ -164,10 +171,10 @@ class _Numbers:
     """A tensor of floating-point numbers, but for its values.
 
     Attributes:
-        index: the same for the same tensor, within a call.
+        offset: where it begins among the numbers of its dtype; the same for the same tensor, within a call.
     """
 
-    index: int
+    offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -180,38 +187,40 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.calls: dict[str, tuple[Any, Any, Any]] = {}
+        self.sizes: Counter[torch.dtype] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.is_view:
             return func(*args, **(kwargs or {}))
-        met: dict[int, int] = {}
+        met: dict[int, _Numbers] = {}
+        ends: Counter[torch.dtype] = Counter()
 
         def described(value: object) -> object:
             if not (isinstance(value, Tensor) and value.is_floating_point()):
                 return value  # indices are not arbitrary
-            index = met.setdefault(id(value), len(met))
-            return _Numbers(index, tuple(value.shape), value.stride(), value.dtype)
+            if id(value) not in met:
+                met[id(value)] = _Numbers(ends[value.dtype], tuple(value.shape), value.stride(), value.dtype)
+                steps = zip(value.shape, value.stride(), strict=True)  # expanded ones lie on the same numbers
+                span = 1 + sum(max(size - 1, 0) * stride for size, stride in steps)
+                ends[value.dtype] += math.ceil(span / ALIGNED) * ALIGNED
+            return met[id(value)]
 
         given = tree_map(described, (args, kwargs or {}))
         shapes = tree_map(lambda value: value.shape if isinstance(value, Tensor) else value, given)
         key = f"{func} {shapes}"
+        self.sizes |= ends  # the larger ones
         self.counts[key] += 1
         self.calls.setdefault(key, (func, *given))
         return func(*args, **(kwargs or {}))
 
 
-def _on_random_numbers(func: Any, args: Any, kwargs: Any, device: torch.device) -> Callable[[], object]:
-    """The call, on numbers of its own."""
-    held: dict[int, Tensor] = {}
+def _on_random_numbers(func: Any, args: Any, kwargs: Any, held: Mapping[torch.dtype, Tensor]) -> Callable[[], object]:
+    """The call, on these."""
 
     def made(value: object) -> object:
         if not isinstance(value, _Numbers):
             return value
-        if value.index not in held:
-            furthest = sum(max(size - 1, 0) * stride for size, stride in zip(value.shape, value.stride, strict=True))
-            numbers = torch.empty(1 + furthest, dtype=value.dtype, device=device).uniform_(-1, 1)
-            held[value.index] = numbers.as_strided(value.shape, value.stride)  # expanded ones lie on the same numbers
-        return held[value.index]
+        return held[value.dtype].as_strided(value.shape, value.stride, value.offset)
 
     args, kwargs = tree_map(made, (args, kwargs))
     return lambda: func(*args, **kwargs)

@@ -201,7 +201,7 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
     for convolution in rates:
         convolution.warm_up(0.005 if args.quick else 0.1)
     for all_ in operations.values():
-        all_.warm_up(0.001 if args.quick else 0.02)
+        all_.warm_up(0.001 if args.quick else 0.01)
     alone_of_network: dict[str, list[float]] = {kind: [] for kind in bare}
     each_alone: dict[str, list[float]] = {kind: [] for kind in operations}
     for round_ in range(args.repeats):

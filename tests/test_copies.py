@@ -278,6 +278,14 @@ def used_in_inference_mode() -> nn.Module:
     return model
 
 
+class Branching(Net):
+    """Which way depends on the data, in torch's own words."""
+
+    def neck(self, z: Tensor) -> Tensor:
+        z = super().neck(z)
+        return torch.cond(z.mean() > 0.1, lambda z: 2 * z, lambda z: z - 1, (z,))  # type: ignore[no-any-return]
+
+
 @dataclass
 class Settings:
     slope: float = 0.1
@@ -323,6 +331,7 @@ KEPT: dict[str, tuple[Build, dict[str, object]]] = {
     "list of parameters of a trained LSTM": (Recurrent, {"also": ("lstm.*",)}),
     "lists of parameters and buffers": (Listing, {}),
     "tensors of inference mode": (used_in_inference_mode, {}),
+    "torch.cond": (Branching, {}),
     "field without a value": (lambda: Configured(Settings()), {}),
 }
 
