@@ -336,6 +336,7 @@ KEPT: dict[str, tuple[Build, dict[str, object]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.cond's own
 @pytest.mark.parametrize("name", KEPT)
 def test_whatever_a_model_keeps(name: str) -> None:
     build, options = KEPT[name]
