@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bnsurgery.layers import widest
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -31,7 +33,7 @@ class Moments:
         x = x.detach()
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         count = x.numel() // x.shape[1]
-        wide = _wide(x.device)
+        wide = widest(x.device)
         if not count:
             zeros = torch.zeros(x.shape[1], dtype=wide, device=x.device)
             return cls(0, zeros, zeros)
@@ -41,7 +43,7 @@ class Moments:
     @classmethod
     def of_sample(cls, sample: Sample) -> Moments:
         """From what a layer has computed."""
-        wide = _wide(sample.mean.device)
+        wide = widest(sample.mean.device)
         return cls(sample.count, sample.mean.to(wide), sample.variance.to(wide) * (sample.count - 1))
 
     def merge(self, other: Moments) -> Moments:
@@ -142,7 +144,7 @@ class _EndToEnd:
     """The moments of several layers of one device, their channels end to end: few operations where there are many."""
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
-        self._sizes, self._device, self._wide = list(sizes), device, _wide(device)
+        self._sizes, self._device, self._wide = list(sizes), device, widest(device)
         layers = torch.arange(len(self._sizes)).repeat_interleave(torch.tensor(self._sizes))
         self._layer_of = layers.to(device)
         self._counts = [0] * len(self._sizes)
@@ -179,7 +181,3 @@ class _EndToEnd:
         if self._device.type == "cuda":  # from pinned memory, the host need not wait for the device
             layers = layers.pin_memory()
         return layers.to(self._device, non_blocking=True)[:, self._layer_of]
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64

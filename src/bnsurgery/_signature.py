@@ -43,7 +43,7 @@ def signature(model: nn.Module) -> list[Any]:
             if kind in _PLAIN or (kind is tuple and is_plain(value)):
                 add(name)
                 add(value)
-            elif isinstance(value, _OPAQUE):
+            elif isinstance(value, _OPAQUE):  # spares gathering all tensors
                 add(name)
                 add(_Same(value))
             elif not isinstance(value, Tensor):

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from bnsurgery._modes import preserved
 from bnsurgery._tracing import is_bn
-from bnsurgery.layers import bn_layers, named_modules, require_statistics
+from bnsurgery.layers import bn_layers, named_modules, require_statistics, widest
 
 
 class Affine(NamedTuple):
@@ -103,7 +103,7 @@ def normalized(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
         epsilons = torch.tensor([cast(float, layer.eps) for layer in own], dtype=torch.float64)
         eps: float | Tensor = float(epsilons[0])
         if bool((epsilons != eps).any()):
-            eps = epsilons.repeat_interleave(torch.tensor(sizes)).to(device, _wide(device))
+            eps = epsilons.repeat_interleave(torch.tensor(sizes)).to(device, widest(device))
         mean, variance, gamma, beta = (
             _joined([_read(layer, name) for layer in own], sizes, missing, device)
             for name, missing in (("running_mean", 0.0), ("running_var", 1.0), ("weight", 1.0), ("bias", 0.0))
@@ -131,7 +131,7 @@ def converted(vectors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[
 
 def _joined(values: Sequence[Tensor | None], sizes: Sequence[int], missing: float, device: torch.device) -> Tensor:
     """Vectors end to end; where one is None, ``missing`` in its place."""
-    wide = _wide(device)
+    wide = widest(device)
     if all(value is None for value in values):
         return torch.full((sum(sizes),), missing, dtype=wide, device=device)
     given = (
@@ -139,10 +139,6 @@ def _joined(values: Sequence[Tensor | None], sizes: Sequence[int], missing: floa
         for value, size in zip(values, sizes, strict=True)
     )
     return torch.cat(list(given)).to(wide)
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _read(layer: nn.Module, name: str) -> Tensor | None:

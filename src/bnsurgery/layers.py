@@ -206,3 +206,8 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """What statistics are computed in: float64, or float32 where a device has no more."""
+    return torch.float32 if device.type == "mps" else torch.float64
