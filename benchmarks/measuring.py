@@ -99,22 +99,24 @@ def step_seconds(run: Run, model: nn.Module, batches: Sequence[Batch], device: t
     return [after - before for before, after in itertools.pairwise(stamps)]
 
 
-def peak_memory(name: str, case: Case, device: torch.device, seed: int) -> float | None:
-    """MiB by which two steps raise what this process holds, at the peak; None where the system does not say.
+def peak_memory(
+    name: str, case: Case, device: torch.device, seed: int, *, steps: int = 2, done: Callable[[], None] = lambda: None
+) -> float | None:
+    """MiB by which so many steps raise what this process holds, at the peak; None where the system does not say.
 
-    On a CPU the resident size; on CUDA what torch has allocated on the device. The same steps on a tiny network come
-    first, so that what libraries take once for all is not counted.
+    On a CPU the resident size; on CUDA what torch has allocated on the device. Steps on a tiny network come first, so
+    that what libraries take once for all is not counted. ``done`` is called after each step.
     """
     tiny = Case(batch=2, depth=8, width=8, attack_steps=1)
     contender(name, tiny)(tiny.model(device, seed), tiny.batches(2, device, seed), lambda: None)
-    model, batches = case.model(device, seed), case.batches(2, device, seed)
+    model, batches = case.model(device, seed), case.batches(steps, device, seed)
     run = contender(name, case)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        run(model, batches, lambda: None)
+        run(model, batches, done)
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     status = Path("/proc/self/status")
@@ -128,17 +130,22 @@ def peak_memory(name: str, case: Case, device: torch.device, seed: int) -> float
     with contextlib.suppress(OSError):  # where it is refused, the peak so far counts if the steps do not exceed it
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far becomes the size now
     resident = kibibytes("VmRSS")
-    run(model, batches, lambda: None)
+    run(model, batches, done)
     return (kibibytes("VmHWM") - resident) / 1024
 
 
 def memory_in_subprocess(script: str, name: str, *options: str) -> float | None:
     """MiB that ``script --memory-of name`` finds in a process of its own; None, said in a line, where it fails."""
-    command = [sys.executable, script, "--memory-of", name, *options]
+    found: float | None = in_subprocess(script, "--memory-of", name, *options)
+    return found
+
+
+def in_subprocess(script: str, option: str, name: str, *options: str) -> Any:
+    """The JSON that ``script option name`` prints last, in a process of its own; None, said in a line, if it fails."""
+    command = [sys.executable, script, option, name, *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own scripts
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"  memory of {name}: not measured ({reason})", flush=True)
+        print(f"  {option} {name}: not measured ({reason})", flush=True)
         return None
-    found: float | None = json.loads(result.stdout.strip().splitlines()[-1])
-    return found
+    return json.loads(result.stdout.strip().splitlines()[-1])

@@ -5,13 +5,14 @@
 For ResNet-20 (width 16 and 64) and torchvision's ResNet-152: the time of ``fold_bn`` and of a refresh of the engine's
 copy (float32, and bfloat16 where the hardware has it fast), which runs once in each fine-tuning step; of a plain copy
 of the same weights, as they lie and into the layout of the engine's copy, to compare it with; and what
-``recalibrate_bn`` takes over the same forward passes in training mode without it. Rounds of all are interleaved.
+``recalibrate_bn`` takes over the same forward passes in training mode without it. Rounds of these two are interleaved,
+with memory once freed kept in the process, and so are rounds of the others.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from resnet import resnet20
 from torch import Tensor, nn
 
 from bnsurgery import Engine, fold_bn, recalibrate_bn
+from bnsurgery._allocator import keeping_memory
 from bnsurgery._replicas import Replicas
 from bnsurgery.engine import dtype_for
 
@@ -76,16 +78,21 @@ def measure(name: str, repeats: int, device: torch.device) -> dict[str, Any]:
             for batch in laid_out:
                 model(batch)
 
-    calls: dict[str, Callable[[], object]] = {"fold_bn": lambda: fold_bn(model)}
-    calls |= copies | {"forward passes": forward, "recalibrate_bn": lambda: recalibrate_bn(model, laid_out)}
-    times: dict[str, list[float]] = {which: [] for which in calls}
-    for round_ in range(repeats + 1):
-        for which, call in calls.items():
-            took = timed(call, device)
-            if round_:
-                times[which].append(took)
-    ratios = [a / b for a, b in zip(times["recalibrate_bn"], times["forward passes"], strict=True)]
-    return {which: middle(own) for which, own in times.items()} | {"recalibrate_bn / forward passes": middle(ratios)}
+    def rounds(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        times: dict[str, list[float]] = {which: [] for which in calls}
+        for round_ in range(repeats + 1):
+            for which, call in calls.items():
+                took = timed(call, device)
+                if round_:
+                    times[which].append(took)
+        return times
+
+    times = rounds({"fold_bn": lambda: fold_bn(model)} | copies)
+    with keeping_memory(device):  # page faults, which differ from call to call, would hide a few percent
+        passes = rounds({"forward passes": forward, "recalibrate_bn": lambda: recalibrate_bn(model, laid_out)})
+    ratios = [a / b for a, b in zip(passes["recalibrate_bn"], passes["forward passes"], strict=True)]
+    found = {which: middle(own) for which, own in (times | passes).items()}
+    return found | {"recalibrate_bn / forward passes": middle(ratios)}
 
 
 def main() -> int:

@@ -4,13 +4,14 @@
 
 One factor is varied at a time from ResNet-20 of width 16 with batch 128 and PGD-10. ``bnsurgery.adv_finetune`` with
 default settings and torchattacks with the plain loop take turns, round by round, from the same weights on the same
-batches of random images; a round to warm up is not counted. Peak memory is what two steps add, in a process for each.
+batches of random images, each time in a process of its own: memory that the one has got from the system makes the other
+faster in the same process. A first step to warm up is not counted. Peak memory is what these steps add.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import itertools
 import json
 import statistics
 import sys
@@ -19,18 +20,18 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from contenders import BASELINE, Case, contender
+from contenders import BASELINE, Case
 from figures import curves
 from measuring import (
     SEED,
-    memory_in_subprocess,
+    in_subprocess,
     middle,
+    now,
     opened,
     parsed,
     parser_of_steps,
     peak_memory,
     spread,
-    step_seconds,
 )
 
 BASE = Case(width=16, depth=20, batch=128, attack_steps=10)
@@ -48,14 +49,14 @@ PAIR = ("bnsurgery", BASELINE)
 
 def main() -> int:
     """The command."""
-    parser = parser_of_steps(__doc__, repeats=3, steps=1)
+    parser = parser_of_steps(__doc__, repeats=3, steps=2)
     parser.add_argument("--factors", nargs="+", choices=FACTORS, default=list(FACTORS))
-    parser.add_argument("--memory-of", choices=PAIR, help="print the peak memory of this contender, and end")
-    parser.add_argument("--case", type=json.loads, default={}, help="for --memory-of: what differs from the base")
+    parser.add_argument("--alone", choices=PAIR, help="print times and peak memory of this contender, and end")
+    parser.add_argument("--case", type=json.loads, default={}, help="for --alone: what differs from the base")
     args = parsed(parser, "scaling")
     device = torch.device(args.device)
-    if args.memory_of is not None:
-        print(json.dumps(peak_memory(args.memory_of, replace(BASE, **args.case), device, SEED)))
+    if args.alone is not None:
+        print(json.dumps(alone(args.alone, replace(BASE, **args.case), device, args.steps)))
         return 0
     if args.only_plot:
         curves(json.loads(args.out.read_text(encoding="utf-8")), LABELS, args.out.with_suffix(".png"))
@@ -71,7 +72,7 @@ def main() -> int:
         for value in factors[factor]:
             case = replace(base, **{factor: value})
             if case not in measured:
-                measured[case] = measure(case, device, args)
+                measured[case] = measure(case, args)
             points[str(value)] = measured[case]
             show(value, measured[case])
         record["factors"][factor] = points
@@ -81,18 +82,29 @@ def main() -> int:
     return 0
 
 
-def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
-    """Times and peak memory of both."""
-    model, batches = case.model(device, SEED), case.batches(args.steps + 1, device, SEED)
-    runs = {name: contender(name, case) for name in PAIR}
-    times: dict[str, list[list[float]]] = {name: [] for name in PAIR}
-    for round_ in range(args.repeats + 1):
-        for name, run in runs.items():
-            took = step_seconds(run, copy.deepcopy(model), batches if round_ else batches[:1], device)
-            if round_:
-                times[name].append(took)
-    options = ["--case", json.dumps(asdict(case)), "--device", args.device]
-    usual = {name: [statistics.median(own[1:]) for own in rounds] for name, rounds in times.items()}
+def alone(name: str, case: Case, device: torch.device, steps: int) -> dict[str, Any]:
+    """Seconds of each step after the first, and the peak memory, of one contender in this process."""
+    stamps: list[float] = []
+    peak = peak_memory(name, case, device, SEED, steps=steps + 1, done=lambda: stamps.append(now(device)))
+    return {
+        "step_seconds": [after - before for before, after in itertools.pairwise(stamps)],
+        "peak_mebibytes": peak,
+    }
+
+
+def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Times and peak memory of both, each round in processes of their own."""
+    options = ["--case", json.dumps(asdict(case)), "--device", args.device, "--steps", str(args.steps)]
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in PAIR}
+    for _ in range(args.repeats):
+        for name, own in rounds.items():
+            found = in_subprocess(__file__, "--alone", name, *options)
+            if found is None:
+                sys.exit(f"{name} failed at {case}")
+            own.append(found)
+    times = {name: [found["step_seconds"] for found in own] for name, own in rounds.items()}
+    peaks = {name: [found["peak_mebibytes"] for found in own] for name, own in rounds.items()}
+    usual = {name: [statistics.median(seconds) for seconds in own] for name, own in times.items()}
     paired = [peer / own for own, peer in zip(usual["bnsurgery"], usual[BASELINE], strict=True)]
     return {
         "repeats": args.repeats,
@@ -100,7 +112,8 @@ def measure(case: Case, device: torch.device, args: argparse.Namespace) -> dict[
         "step_seconds": times,
         "seconds": {name: statistics.median(own) for name, own in usual.items()},
         "ratio": middle(paired),
-        "peak_mebibytes": {name: memory_in_subprocess(__file__, name, *options) for name in PAIR},
+        "peak_mebibytes": {name: None if None in own else statistics.median(own) for name, own in peaks.items()},
+        "peak_mebibytes_of_rounds": peaks,
     }
 
 
