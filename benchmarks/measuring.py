@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import Batch, Case, Run, contender
+from contenders import Batch, Run
 from environment import environment
 from torch import nn
 
@@ -97,55 +95,3 @@ def step_seconds(run: Run, model: nn.Module, batches: Sequence[Batch], device: t
     stamps = [now(device)]
     run(model, batches, lambda: stamps.append(now(device)))
     return [after - before for before, after in itertools.pairwise(stamps)]
-
-
-def peak_memory(
-    name: str, case: Case, device: torch.device, seed: int, *, steps: int = 2, done: Callable[[], None] = lambda: None
-) -> float | None:
-    """MiB by which so many steps raise what this process holds, at the peak; None where the system does not say.
-
-    On a CPU the resident size; on CUDA what torch has allocated on the device. Steps on a tiny network come first, so
-    that what libraries take once for all is not counted. ``done`` is called after each step.
-    """
-    tiny = Case(batch=2, depth=8, width=8, attack_steps=1)
-    contender(name, tiny)(tiny.model(device, seed), tiny.batches(2, device, seed), lambda: None)
-    model, batches = case.model(device, seed), case.batches(steps, device, seed)
-    run = contender(name, case)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run(model, batches, done)
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-
-    def kibibytes(field: str) -> int:
-        lines = status.read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-    with contextlib.suppress(OSError):  # where it is refused, the peak so far counts if the steps do not exceed it
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak so far becomes the size now
-    resident = kibibytes("VmRSS")
-    run(model, batches, done)
-    return (kibibytes("VmHWM") - resident) / 1024
-
-
-def memory_in_subprocess(script: str, name: str, *options: str) -> float | None:
-    """MiB that ``script --memory-of name`` finds in a process of its own; None, said in a line, where it fails."""
-    found: float | None = in_subprocess(script, "--memory-of", name, *options)
-    return found
-
-
-def in_subprocess(script: str, option: str, name: str, *options: str) -> Any:
-    """The JSON that ``script option name`` prints last, in a process of its own; None, said in a line, if it fails."""
-    command = [sys.executable, script, option, name, *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own scripts
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        print(f"  {option} {name}: not measured ({reason})", flush=True)
-        return None
-    return json.loads(result.stdout.strip().splitlines()[-1])

@@ -24,15 +24,14 @@ from contenders import BASELINE, Case
 from figures import curves
 from measuring import (
     SEED,
-    in_subprocess,
     middle,
     now,
     opened,
     parsed,
     parser_of_steps,
-    peak_memory,
     spread,
 )
+from memory import in_subprocess, peak_memory
 
 BASE = Case(width=16, depth=20, batch=128, attack_steps=10)
 FACTORS = {

@@ -21,6 +21,7 @@ def summary(measured: Mapping[str, Any]) -> dict[str, Any]:
     candidates = [name for name in CAREFUL if name in usual]
     best = min(candidates, key=usual.__getitem__) if candidates else None
     peaks = {name: statistics.median(own) for name, own in measured.get("peak_mebibytes", {}).items()}
+    tensors = measured.get("peak_mebibytes_of_tensors", {})
     rows = {}
     for name, seconds in usual.items():
         first = [own[0] for own in measured["step_seconds"][name]]
@@ -31,6 +32,7 @@ def summary(measured: Mapping[str, Any]) -> dict[str, Any]:
             "set_up_seconds_cold": measured["first_step_of_all_seconds"][name] - seconds,
             "peak_mebibytes": peaks.get(name),
             "memory_ratio": peaks[name] / peaks[BASELINE] if {name, BASELINE} <= set(peaks) else None,
+            "peak_mebibytes_of_tensors": tensors.get(name),
         }
     medians = {name: statistics.median(own) for name, own in measured["attack_alone_seconds"].items()}
     limits = {name: statistics.median(own) for name, own in measured["convolution_flop_per_second"].items()}
@@ -77,14 +79,14 @@ def ratios(steps: Mapping[str, Sequence[Sequence[float]]], name: str, to: str) -
 def show(measured: Mapping[str, Any]) -> None:
     """The table of one model."""
     found = measured["summary"]
-    heads = ("", "images/s", f"x {BASELINE}", "set-up s", "cold", "peak MiB", "memory x")
-    print(f"  {heads[0]:22}{heads[1]:>10}{heads[2]:>26}{heads[3]:>10}{heads[4]:>9}{heads[5]:>10}{heads[6]:>10}")
+    heads = ("", "images/s", f"x {BASELINE}", "set-up s", "cold", "peak MiB", "memory x", "tensors MiB")
+    print(f"  {heads[0]:22}{heads[1]:>10}{heads[2]:>26}{heads[3]:>10}{heads[4]:>9}{heads[5]:>10}{heads[6]:>10}{heads[7]:>13}")
     for name, row in found["contenders"].items():
-        peak, times = row["peak_mebibytes"], row["memory_ratio"]
+        peak, times, alive = (row[key] for key in ("peak_mebibytes", "memory_ratio", "peak_mebibytes_of_tensors"))
         print(
             f"  {name:22}{row['images_per_second']:10.2f}{spread(row['ratio']):>26}{row['set_up_seconds']:10.2f}"
             f"{row['set_up_seconds_cold']:9.2f}{'-' if peak is None else f'{peak:.0f}':>10}"
-            f"{'-' if times is None else f'{times:.2f}':>10}"
+            f"{'-' if times is None else f'{times:.2f}':>10}{'-' if alive is None else f'{alive:.0f}':>13}"
         )
     if found["careful"] is not None:
         print(f"  careful is {found['careful']!r}; bnsurgery is {spread(found['ratio_to_careful'])} times as fast")

@@ -56,7 +56,9 @@ def throughput(record: Mapping[str, Any]) -> str:
         found = measured["summary"]
         rows = []
         for contender, row in found["contenders"].items():
-            peak, ratio = row["peak_mebibytes"], row["memory_ratio"]
+            peak, ratio, tensors = (
+                row.get(key) for key in ("peak_mebibytes", "memory_ratio", "peak_mebibytes_of_tensors")
+            )
             rows.append(
                 [
                     contender,
@@ -65,11 +67,12 @@ def throughput(record: Mapping[str, Any]) -> str:
                     f"{row['set_up_seconds_cold']:.1f}",
                     "" if peak is None else f"{peak:,.0f}",
                     "" if ratio is None else f"{ratio:.2f}",
+                    "" if tensors is None else f"{tensors:,.0f}",
                 ]
             )
         case = measured["case"]
         share = f"{found['attack_flop_per_second'] / 1e9:,.0f} of {found['limit_flop_per_second'] / 1e9:,.0f} GFLOP/s"
-        head = ("", "images/s", "ratio to torchattacks", "set-up, s", "peak memory, MiB", "ratio")
+        head = ("", "images/s", "ratio to torchattacks", "set-up, s", "peak memory, MiB", "ratio", "tensors, MiB")
         parts.append(
             f"**{name}**, batch {case['batch']}, {case['size']} x {case['size']}\n\n{table(head, rows)}\n"
             f"Against the careful loop ({found['careful']}): {spread(found['ratio_to_careful'])}. The attack alone, in "

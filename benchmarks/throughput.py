@@ -50,14 +50,13 @@ from limits import (
 )
 from measuring import (
     SEED,
-    memory_in_subprocess,
     now,
     opened,
     parsed,
     parser_of_steps,
-    peak_memory,
     step_seconds,
 )
+from memory import in_subprocess, peak_memory, peak_of_tensors
 from summaries import OURS, PEER, show, summary
 from torch import Tensor, nn
 
@@ -80,7 +79,8 @@ def main() -> int:
     args = arguments()
     device = torch.device(args.device)
     if args.memory_of is not None:
-        print(json.dumps(peak_memory(args.memory_of, case_of(args.model, args.quick), device, SEED)))
+        measure_of = peak_of_tensors if args.tensors else peak_memory
+        print(json.dumps(measure_of(args.memory_of, case_of(args.model, args.quick), device, SEED)))
         return 0
     if args.only_plot:
         bars(json.loads(args.out.read_text(encoding="utf-8")), list(CASES), args.out.with_suffix(".png"))
@@ -98,7 +98,7 @@ def main() -> int:
         measured["summary"] = summary(measured)
         write()  # what took minutes is safe
         if args.memory_repeats:
-            measured["peak_mebibytes"] = memory(name, measured["step_seconds"], args)
+            measured |= memory(name, measured["step_seconds"], args)
             measured |= {"memory_command": command, "summary": summary(measured)}
             write()
         show(measured)
@@ -115,6 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory-repeats", type=int, default=3, help="measurements of peak memory; 0: none")
     parser.add_argument("--only-memory", action="store_true", help="add to what --out holds: peak memory alone")
     parser.add_argument("--memory-of", choices=CONTENDERS, help="print the peak memory of this contender, and end")
+    parser.add_argument("--tensors", action="store_true", help="for --memory-of: of its tensors alone")
     parser.add_argument("--model", choices=CASES, default="resnet20-w16", help="for --memory-of")
     args = parsed(parser, "throughput")
     if args.quick:
@@ -253,15 +254,19 @@ def attacks_alone(model: nn.Module, case: Case, batch: Batch, *, with_peer: bool
     return attacks
 
 
-def memory(name: str, contenders: Mapping[str, Any], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Peak memory of each contender, in MiB, so many times."""
+def memory(name: str, contenders: Mapping[str, Any], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Peak memory of each contender, in MiB, so many times; on a CPU once that of its tensors alone."""
     options = ["--model", name, "--device", args.device, *(["--quick"] if args.quick else [])]
-    found: dict[str, list[float]] = {which: [] for which in contenders}
+    found: dict[str, list[float | None]] = {which: [] for which in contenders}
     for _ in range(args.memory_repeats):
         for which, own in found.items():
-            peak = memory_in_subprocess(__file__, which, *options)
-            own += [] if peak is None else [peak]
-    return {which: own for which, own in found.items() if own}
+            own.append(in_subprocess(__file__, "--memory-of", which, *options))
+    peaks = {which: [peak for peak in own if peak is not None] for which, own in found.items()}
+    measured: dict[str, dict[str, Any]] = {"peak_mebibytes": {which: own for which, own in peaks.items() if own}}
+    if args.device == "cpu":
+        tensors = {which: in_subprocess(__file__, "--memory-of", which, "--tensors", *options) for which in contenders}
+        measured["peak_mebibytes_of_tensors"] = {which: own for which, own in tensors.items() if own is not None}
+    return measured
 
 
 if __name__ == "__main__":
