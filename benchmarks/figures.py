@@ -81,7 +81,7 @@ def curves(record: Mapping[str, Any], labels: Mapping[str, str], path: Path) -> 
         points = {int(value): point for value, point in record["factors"].get(factor, {}).items()}
         time_ax, memory_ax = axes[:, column]
         for name, style in styles.items():
-            rounds = [[statistics.median(own[1:]) for own in p["step_seconds"][name]] for p in points.values()]
+            rounds = [[statistics.median(own) for own in p["step_seconds"][name]] for p in points.values()]
             middle = [statistics.median(own) for own in rounds]
             ends = [
                 [m - min(own) for m, own in zip(middle, rounds, strict=True)],

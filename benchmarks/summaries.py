@@ -80,7 +80,10 @@ def show(measured: Mapping[str, Any]) -> None:
     """The table of one model."""
     found = measured["summary"]
     heads = ("", "images/s", f"x {BASELINE}", "set-up s", "cold", "peak MiB", "memory x", "tensors MiB")
-    print(f"  {heads[0]:22}{heads[1]:>10}{heads[2]:>26}{heads[3]:>10}{heads[4]:>9}{heads[5]:>10}{heads[6]:>10}{heads[7]:>13}")
+    print(
+        f"  {heads[0]:22}{heads[1]:>10}{heads[2]:>26}{heads[3]:>10}{heads[4]:>9}{heads[5]:>10}{heads[6]:>10}"
+        f"{heads[7]:>13}"
+    )
     for name, row in found["contenders"].items():
         peak, times, alive = (row[key] for key in ("peak_mebibytes", "memory_ratio", "peak_mebibytes_of_tensors"))
         print(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnsurgery._data import check_labels
 from bnsurgery._signature import settings
-from bnsurgery.attacks import PGD, Advance
+from bnsurgery.attacks import PGD, Advance, cross_entropy
 from bnsurgery.errors import BNSurgeryWarning
 
 WARM_UP = 3
@@ -67,6 +67,8 @@ class Steps:
         """The attack's step in a CUDA graph, or None where it cannot be captured."""
         if any(getattr(type(attack), name) is not getattr(PGD, name) for name in ("advance", "losses")):
             return None  # it may keep something from step to step
+        if attack.loss is not cross_entropy:
+            return None  # what it reads besides its arguments would stay what it was
         if not self._classes:
             with torch.no_grad():
                 self._classes = self._net(attack._inputs(pixels[:1]).to(dtype)).shape[1]

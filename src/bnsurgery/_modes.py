@@ -25,8 +25,7 @@ def preserved(model: nn.Module, *, buffers: bool = True) -> Iterator[None]:
     modules = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     settings = [(layer, layer.momentum, layer.track_running_stats) for layer in _bn(model)]
-    held = [(module, dict(module._buffers)) for module in model.modules()] if buffers else []
-    snapshot = Snapshot(buffer for _, own in held for buffer in own.values() if buffer is not None)
+    held = Buffers(model) if buffers else None
     for parameter, _, _ in parameters:
         parameter.grad = None
     try:
@@ -40,9 +39,22 @@ def preserved(model: nn.Module, *, buffers: bool = True) -> Iterator[None]:
             parameter.grad = grad
         for layer, momentum, track in settings:
             layer.momentum, layer.track_running_stats = momentum, track
-        for module, own in held:
+        if held is not None:
+            held.restore()
+
+
+class Buffers:
+    """The buffers of a model, to be put back: the tensors, which a forward pass may replace, and their values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._held = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+        self._values = Snapshot(buffer for _, own in self._held for buffer in own.values() if buffer is not None)
+
+    def restore(self) -> None:
+        """Puts the tensors back, and their values into them; may be called again."""
+        for module, own in self._held:
             module._buffers.update(own)
-        snapshot.restore()
+        self._values.restore()
 
 
 class Snapshot:

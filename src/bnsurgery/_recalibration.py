@@ -87,16 +87,18 @@ class Run:
     def observed(self) -> Iterator[None]:
         """Looks at what each layer is given, for the block; attacks in between are not looked at."""
 
-        def hook(name: str) -> Callable[[nn.Module, Any], None]:
-            return lambda _layer, inputs: None if self._seen is None else self._seen(name, inputs[0])
+        def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _layer, inputs, named: None if self._seen is None else self._seen(name, _first(inputs, named))
 
-        def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            return lambda _layer, inputs, _outputs: None if self._done is None else self._done(name, inputs[0])
+        def after(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+            return lambda _layer, inputs, named, _outputs: (
+                None if self._done is None else self._done(name, _first(inputs, named))
+            )
 
         with ExitStack() as stack:
-            for name, layer in self.layers.items():
-                stack.callback(layer.register_forward_pre_hook(hook(name)).remove)
-                stack.callback(layer.register_forward_hook(after(name)).remove)
+            for name, layer in self.layers.items():  # the model's own hooks are called outside of these
+                stack.callback(layer.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(after(name), with_kwargs=True, prepend=True).remove)
             # Compiled submodules would run past hooks that they were compiled without.
             if hasattr(torch.compiler, "set_stance"):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -122,21 +124,20 @@ class Run:
         total: dict[str, Moments] = {}
         joined = Joined(total)
         recording = {name for name, layer in self.layers.items() if _records(layer)}
-        before = {name: [buffer.clone() for buffer in _moving(self.layers[name])] for name in recording}
+        lent: dict[str, dict[str, Tensor]] = {}  # while a layer runs, its own running statistics
 
-        def clear() -> None:
-            for name in recording:
-                for buffer in _moving(self.layers[name]):
-                    buffer.zero_()  # NaN would outlast a factor of zero
+        def give_back(name: str) -> tuple[Tensor, Tensor]:
+            taken = _moving(self.layers[name])
+            self.layers[name]._buffers.update(lent.pop(name))
+            return taken
 
         for name, layer in self.layers.items():
             layer.training = True
             if name in recording:
-                # Its running statistics become those of each batch, at no cost: it computes them anyway.
+                # What it writes as running statistics are those of the batch, at no cost: it computes them anyway.
                 layer.momentum, layer.track_running_stats = 1.0, True
             elif has_statistics(layer):
                 layer.track_running_stats = False
-        clear()
         for batch in source:
             own: dict[str, Moments] = {}
             last: dict[str, Sample] = {}  # of each layer's last call
@@ -146,23 +147,26 @@ class Run:
                 if name in last:
                     merge(own, name, Moments.of_sample(last.pop(name)))
                 layer = self.layers[name]
-                if name in recording and not layer.training:  # the model's own forward has put it there
-                    for buffer, value in zip(_moving(layer), before[name], strict=True):
-                        buffer.copy_(value)
                 if name not in recording or not layer.training or not x.numel():
                     merge(own, name, Moments.of(x))
+                    return
+                # Others may read its running statistics in this pass: those that it writes to are for its call alone.
+                held = {"running_mean": layer.running_mean, "running_var": layer.running_var}
+                lent[name] = cast("dict[str, Tensor]", held)
+                layer._buffers.update({key: torch.zeros_like(value) for key, value in lent[name].items()})
 
             def read(name: str, x: Tensor, last: dict[str, Sample] = last) -> None:
-                if name in recording and self.layers[name].training and x.numel():
-                    mean, variance = _moving(self.layers[name])  # whatever writes to them next
-                    last[name] = Sample(x.numel() // x.shape[1], mean.clone(), variance.clone())
+                if name in lent:
+                    last[name] = Sample(x.numel() // x.shape[1], *give_back(name))
 
-            if self._counts(batch, add, read):
-                for name, moments in own.items():
-                    merge(total, name, moments)
-                joined.add(last)
-            else:
-                clear()
+            try:
+                if self._counts(batch, add, read):
+                    for name, moments in own.items():
+                        merge(total, name, moments)
+                    joined.add(last)
+            finally:
+                for name in list(lent):  # of a layer that failed
+                    give_back(name)
         joined.end()
         self.batches = sum_over_ranks(self.batches)
         return _found(over_ranks(total, self.device))
@@ -311,6 +315,10 @@ def default_forward(model: nn.Module, batch: Any) -> object:
 def _tracked(buffers: dict[str, Tensor]) -> Tensor | None:
     tracked = buffers.get("num_batches_tracked")
     return None if tracked is None else tracked.clone()
+
+
+def _first(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
+    return inputs[0] if inputs else named["input"]
 
 
 def _more_than_one(x: Tensor) -> None:

@@ -18,7 +18,7 @@ from bnsurgery._layouts import can_be_cut, channels_last, largest_activation, ru
 from bnsurgery._lowering import is_finite, round_all, round_products
 from bnsurgery._modes import global_state
 from bnsurgery._signature import signature, tensors
-from bnsurgery.attacks import PGD, evened
+from bnsurgery.attacks import PGD, cross_entropy, evened
 from bnsurgery.engine import Engine
 from bnsurgery.errors import BNSurgeryWarning, FusionError
 from bnsurgery.fusion import FusionPlan, apply_plan, fused_factors, plan_fusion
@@ -161,8 +161,8 @@ class Replica:
         return channels_last(x) if self._images_channels_last else x
 
     def search(self, attack: PGD, pixels: Tensor, y: Tensor, begin: Tensor, dtype: torch.dtype) -> Tensor:
-        """The loop of a PGD on the copy, part by part."""
-        parts = self.chunks(pixels)
+        """The loop of a PGD on the copy, part by part; whole for a loss of the user's own, which may know the batch."""
+        parts = self.chunks(pixels) if attack.loss is cross_entropy else 1
         found = []
         for own, labels, start in zip(
             *(torch.tensor_split(tensor, parts) for tensor in (self.laid_out(pixels), y, self.laid_out(begin))),

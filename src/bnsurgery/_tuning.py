@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from bnsurgery._data import check_labels, unpack
 from bnsurgery._frozen import nothing_kept
 from bnsurgery._layouts import channels_last, runs_channels_last
-from bnsurgery._modes import Snapshot
+from bnsurgery._modes import Buffers
 from bnsurgery._replicas import Replicas, can_attack_a_copy, craft_on_copy
 from bnsurgery.adapters import craft
 from bnsurgery.attacks import PGD, Loss, attacking, cross_entropy
@@ -215,7 +215,7 @@ class Tuning:
 
     def _try(self, x: Tensor, y: Tensor) -> StepRecord | str:
         """A whole step, or none: what an exception or a number that is not finite interrupts is undone."""
-        before = Snapshot(self.root.buffers())
+        before = Buffers(self.root)
         clean = round(self.clean_fraction * len(x))
         whole = False
         try:
@@ -250,7 +250,7 @@ class Tuning:
         error_rate = 100 * float((logits.detach().argmax(1) != y).double().mean())
         return StepRecord(self.epoch, self.step, float(loss.detach()), error_rate, self._lr(), len(x))
 
-    def _logits(self, x: Tensor, before: Snapshot) -> Tensor:
+    def _logits(self, x: Tensor, before: Buffers) -> Tensor:
         """The model's own in training mode; with images in the usual layout where a hook takes no other."""
         try:
             logits: Tensor = self._run(x)
@@ -309,15 +309,16 @@ class Tuning:
     def _one_value_ends(self, watch: bool) -> Iterator[None]:
         """Watches, where a batch is of one, for BN layers that would have to take the variance of one value."""
 
-        def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if layer.training and inputs[0].numel() == inputs[0].shape[1]:
-                raise _OneValue(f"a BN layer was given one value per channel, {tuple(inputs[0].shape)}")
+        def look(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = inputs[0] if inputs else named["input"]
+            if layer.training and x.numel() == x.shape[1]:
+                raise _OneValue(f"a BN layer was given one value per channel, {tuple(x.shape)}")
 
         with ExitStack() as stack:
             if watch:
                 for module in self.root.modules():
                     if isinstance(module, _BatchNorm):
-                        stack.callback(module.register_forward_pre_hook(look).remove)
+                        stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
             yield
 
     def _warn(self, kind: str, message: str) -> None:

@@ -37,11 +37,14 @@ class Engine:
         channels_last: run image networks (inputs (N, C, H, W)) in the memory format that convolutions are fastest in,
             in the training step too.
         chunk: examples that pass through the copy at once. ``"auto"``: on a CPU so many that the largest activation
-            fits the cache, elsewhere all. ``None``: all. Networks in which examples of a batch touch one another in
-            evaluation mode are not cut.
-        cuda_graph: on CUDA, capture the step of a :class:`bnsurgery.PGD` in a graph, and replay it.
+            takes at most 16 MiB in 16 bits, else 4 MiB, but no fewer than 16; elsewhere all. ``None``: all. Networks in
+            which examples of a batch touch one another in evaluation mode are not cut, nor are batches of a
+            :class:`bnsurgery.PGD` with a loss of its own.
+        cuda_graph: on CUDA, capture the step of a :class:`bnsurgery.PGD` in a graph, and replay it; not with a loss of
+            its own.
         keep_memory: on a CPU with glibc, keep what is freed for the next step, until the call ends; glibc would hand it
-            back to the system and fetch it again, page by page.
+            back to the system and fetch it again, page by page. Nothing is done where the environment sets glibc's
+            thresholds (``MALLOC_TRIM_THRESHOLD_`` and the like, ``GLIBC_TUNABLES``).
 
     Raises:
         ValueError: ``chunk`` is less than 1.

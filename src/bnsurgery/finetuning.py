@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,12 +18,12 @@ from bnsurgery import _checkpoints
 from bnsurgery._allocator import keeping_memory
 from bnsurgery._data import is_pair
 from bnsurgery._modes import global_state, preserved
-from bnsurgery._replicas import Replicas
+from bnsurgery._replicas import Replicas, can_attack_a_copy
 from bnsurgery._tuning import SCHEDULES, AttackStep, Callback, EpochRecord, Schedule, StepCallback, StepRecord, Tuning
 from bnsurgery.adapters import check_attack, configuration_of
 from bnsurgery.attacks import PGD, Loss, cross_entropy
 from bnsurgery.engine import Engine, EngineLike, Precision, check_precision, chosen_engine, dtype_for
-from bnsurgery.errors import BNSurgeryError
+from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.freezing import freeze_except_bn
 from bnsurgery.layers import device_of, named_parameters, unwrap
 
@@ -130,7 +131,8 @@ def adv_finetune(
             model itself. ``"plain"``: everything attacks the model itself. An :class:`Engine` sets the switches.
         precision: what the copy computes in; training keeps the model's own dtype. ``"auto"``: for a PGD on a float32
             model bfloat16 where the hardware has it fast (on a CPU not with depthwise convolutions, which are slower
-            so), else the model's own. ``"float32"``, ``"bfloat16"``, ``"float16"``: that.
+            so), else the model's own. ``"float32"``, ``"bfloat16"``, ``"float16"``: that; with a warning where there is
+            no copy to attack.
         compile: run the copy and the training step through ``torch.compile``: seconds to minutes at the start.
 
     Returns:
@@ -172,6 +174,9 @@ def adv_finetune(
         chosen = _optimizer(optimizer, [parameters[name] for name in trainable], lr, momentum, weight_decay)
         dtype = None if switches is None else dtype_for(root, precision, lower=isinstance(attack, PGD))
         copies = None if switches is None else Replicas(root, switches, dtype=dtype, compile=compile)
+        if precision != "auto" and (attack is None or not can_attack_a_copy(attack, root)):
+            reason = "there is no attack" if attack is None else f"{type(attack).__name__} attacks the model itself"
+            warnings.warn(f"precision={precision!r} changes nothing: {reason}", BNSurgeryWarning, stacklevel=2)
         tuning = Tuning(
             model,
             chosen,
