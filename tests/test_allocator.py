@@ -67,6 +67,14 @@ def test_other_c_libraries_are_left_alone(libc: tuple[str, str], monkeypatch: py
         pass
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "1"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=1")]
+)
+def test_thresholds_set_by_hand_are_left_alone(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert _allocator._glibc() is None
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_the_real_library_takes_it() -> None:
     libc = _allocator._glibc()

@@ -541,6 +541,44 @@ def test_a_loss_finds_the_live_model_as_without_the_engine() -> None:
     assert all(torch.allclose(ends[0][n].double(), ends[1][n].double(), rtol=1e-7, atol=1e-9) for n in ends[0])
 
 
+def test_a_loss_that_knows_the_batch_gets_all_of_it() -> None:
+    ends = []
+    for engine in ("plain", Engine(chunk=2)):
+        model = wide(Net)()
+        ((x, y),) = batches(7)
+        with torch.no_grad():
+            clean = model.eval()(x).softmax(1)
+        sizes = set()
+
+        def loss(logits: Tensor, _y: Tensor, clean: Tensor = clean, sizes: set[int] = sizes) -> Tensor:
+            sizes.add(len(logits))
+            return F.kl_div(logits.log_softmax(1), clean, reduction="none").sum(1)
+
+        attack = PGD(8 / 255, 2, 4 / 255, loss=loss)
+        adv_finetune(model, [(x, y)] * 2, epochs=1, attack=attack, engine=engine, progress=False)
+        assert sizes == {7}
+        ends.append(model.state_dict())
+    assert all(torch.allclose(ends[0][n].double(), ends[1][n].double(), rtol=1e-7, atol=1e-9) for n in ends[0])
+
+
+def test_a_precision_that_no_copy_has_is_said_to_change_nothing() -> None:
+    cases: list[tuple[object, str]] = [
+        (lambda _model, x, _y: x, "function attacks the model itself"),
+        (PGD(8 / 255, 2, 4 / 255, bn="train"), "PGD attacks the model itself"),
+        (None, "there is no attack"),
+    ]
+    for attack, reason in cases:
+        with pytest.warns(BNSurgeryWarning, match=f"precision='float32' changes nothing: {reason}"):
+            adv_finetune(
+                Net(),
+                batches(6, dtype=torch.float32),
+                epochs=1,
+                attack=attack,
+                precision="float32",
+                progress=False,
+            )
+
+
 def test_an_attack_in_inference_mode_is_refused_in_words() -> None:
     # BUG in src where this fails: torch's own error comes instead.
     for engine in ("plain", "fast"):

@@ -676,6 +676,39 @@ def test_a_loss_that_is_not_finite_is_skipped_with_one_warning() -> None:
         assert steps == [0, 1]
 
 
+class Averaging(nn.Module):
+    """Puts a new tensor in the place of a buffer with each pass; calls its BN layer by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.head = nn.BatchNorm1d(12), nn.Linear(12, 4)
+        self.register_buffer("average", torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(input=x.flatten(1))
+        if self.training:
+            self.average = 0.9 * self.average + 0.1 * x.detach().mean(0)
+        return self.head(x)
+
+
+def test_a_buffer_that_a_pass_replaces_is_put_back_with_the_step() -> None:
+    model = Averaging()
+    x, y = torch.rand(4, 3, 2, 2), torch.randint(4, (4,))
+    tune(model, [(x, y)], attack=None)
+    before, held = values(model), model.average
+    with pytest.warns(BNSurgeryWarning, match="not finite"):
+        tune(model, [(torch.full_like(x, math.nan), y)], attack=None)
+    assert values(model) == before
+    assert model.average is held
+
+
+def test_a_batch_of_one_is_left_out_where_a_layer_is_called_by_name() -> None:
+    model = Averaging()
+    with pytest.warns(BNSurgeryWarning, match="one value per channel"):
+        result = tune(model, [(torch.rand(1, 3, 2, 2), torch.zeros(1).long())], attack=None)
+    assert result.history[0].left_out == 1
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_too() -> None:
     class Spike(torch.autograd.Function):
         @staticmethod

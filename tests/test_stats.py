@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import sys
 import warnings
@@ -713,6 +714,77 @@ def test_a_layer_that_evaluates_by_itself_normalises_by_what_it_had() -> None:
     evaluated = F.batch_norm(x, model.stays.running_mean.clone(), model.stays.running_var.clone())
     recalibrate_bn(model, x.split(5))
     assert_close(found(model), {"stays": moments(x), "moves": moments(evaluated)}, 1e-10)
+
+
+class Reading(nn.Module):
+    """Reads the running statistics of a layer itself, before and after it has run and in a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        self.seen: list[Tensor] = []
+        self.first.register_forward_hook(lambda layer, _inputs, _outputs: self.seen.append(layer.running_var.clone()))
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = F.batch_norm(x, self.first.running_mean, self.first.running_var)
+        self.first(input=x)  # by name
+        after = F.batch_norm(x, self.first.running_mean, self.first.running_var)
+        return self.second(torch.full_like(x, math.nan) if self.fails else before + after)
+
+
+def reading() -> Reading:
+    model = Reading().double()
+    with torch.no_grad():
+        model.first.running_mean.fill_(0.3)
+        model.first.running_var.fill_(0.2)
+    return model
+
+
+def test_running_statistics_that_others_read_are_those_that_were() -> None:
+    model = reading()
+    x = torch.rand(20, 3, dtype=F64)
+    evaluated = 2 * F.batch_norm(x, model.first.running_mean.clone(), model.first.running_var.clone())
+    recalibrate_bn(model, x.split(5))
+    assert_close(found(model), {"first": moments(x), "second": moments(evaluated)}, 1e-10)
+    assert len(model.seen) == 4
+    assert all(torch.equal(own, torch.full((3,), 0.2, dtype=F64)) for own in model.seen)
+
+
+def test_a_layer_that_fails_has_its_own_statistics_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = reading()
+    before = {name: (id(buffer), buffer.clone()) for name, buffer in model.named_buffers()}
+
+    def fail(*_args: object, **_options: object) -> None:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "batch_norm", fail)
+        model.forward = lambda x: model.first(x)  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="out of luck"):
+            recalibrate_bn(model, [torch.rand(5, 3, dtype=F64)])
+    for name, buffer in model.named_buffers():
+        assert id(buffer) == before[name][0]
+        assert torch.equal(buffer, before[name][1])
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_layer_called_by_name_is_seen(estimator: str) -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(input=x)
+
+    x = torch.rand(20, 3, dtype=F64)
+    expected = nn.Sequential(nn.BatchNorm1d(3)).double()
+    model = ByName().double()
+    for own in (model, expected):
+        recalibrate_bn(own, x.split(5), estimator=estimator)
+    assert torch.equal(model.bn.running_mean, expected[0].running_mean)
+    assert torch.equal(model.bn.running_var, expected[0].running_var)
 
 
 def test_joined_moments_lie_in_memory_of_their_own() -> None:
