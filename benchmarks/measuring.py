@@ -19,6 +19,7 @@ from environment import environment
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
+ELSEWHERE = Path(__file__).parents[1] / "runs" / "benchmarks"
 SEED = 0
 
 
@@ -54,14 +55,20 @@ def parsed(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
 def opened(
     args: argparse.Namespace, script: str, empty: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Callable[[], None]]:
-    """The record to add to, from the result file or ``empty``, and what writes it there."""
+    """The record to add to, from the result file or ``empty``, and what writes it there.
+
+    Where the file in benchmarks/results was made with other versions, hardware or device, as everywhere but on the
+    machine that made it, the results go to runs/benchmarks.
+    """
     found = environment(script)
     record: dict[str, Any] = {"device": args.device, **empty}
+    if not fits(args.out, found, args.device) and args.out.parent == RESULTS:
+        args.out = ELSEWHERE / args.out.name
+        print(f"benchmarks/results holds those of another machine: these go to {args.out}", flush=True)
+    if not fits(args.out, found, args.device):
+        sys.exit(f"{args.out} holds results of other versions or another device: name another --out")
     if args.out.exists():
         record = json.loads(args.out.read_text(encoding="utf-8"))
-        same = all(record["environment"][key] == found[key] for key in ("versions", "hardware"))
-        if not same or record["device"] != args.device:
-            sys.exit(f"{args.out} holds results of other versions or another device: name another --out")
     record["environment"] = found
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -69,6 +76,15 @@ def opened(
         args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     return record, write
+
+
+def fits(path: Path, found: Mapping[str, Any], device: str) -> bool:
+    """Whether results made here may go to a file: there is none, or it was made alike."""
+    if not path.exists():
+        return True
+    record = json.loads(path.read_text(encoding="utf-8"))
+    same = all(record["environment"][key] == found[key] for key in ("versions", "hardware"))
+    return same and record.get("device", "cpu") == device
 
 
 def middle(values: Iterable[float]) -> dict[str, float]:

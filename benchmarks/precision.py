@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from cifar10 import Batches, floats, full
-from environment import environment
+from measuring import RESULTS, opened
 from resnet import resnet20
 from safetensors.torch import load_file
 
@@ -79,26 +79,24 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10, help="of PGD in training")
     parser.add_argument("--examples", type=int, default=2000, help="test images for robust error")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "precision.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "precision.json")
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "runs" / "precision")
     args = parser.parse_args()
+    settings = {"epochs": args.epochs, "steps": args.steps, "examples": args.examples}
+    args.device = "cpu"
+    record, write = opened(args, __file__, {"settings": settings, "runs": []})
+    if record["settings"] != settings:
+        parser.error(f"{args.out} holds runs of other settings, {record['settings']}: name another --out")
     args.checkpoints.mkdir(parents=True, exist_ok=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     train = full(args.data, train=True)
     images, labels = full(args.data, train=False)
-    settings = {"epochs": args.epochs, "steps": args.steps, "examples": args.examples}
-    record: dict[str, Any] = {"settings": settings, "runs": []}
-    if args.out.exists():
-        record = json.loads(args.out.read_text(encoding="utf-8"))
-        if record["settings"] != settings:
-            parser.error(f"{args.out} holds runs of other settings, {record['settings']}: name another --out")
     done = {(run["precision"], run["seed"]) for run in record["runs"]}
     for seed in range(args.seeds):
         for precision in PRECISIONS:
             if (precision, seed) not in done:
                 record["runs"].append(run(precision, seed, args, train, (floats(images), labels)))
-                record |= {"summary": summary(record["runs"]), "environment": environment(__file__)}
-                args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                record["summary"] = summary(record["runs"])
+                write()
                 print(record["runs"][-1], flush=True)
     print(json.dumps(record["summary"], indent=2))
     return 0

@@ -75,6 +75,8 @@ def main() -> int:
             points[str(value)] = measured[case]
             show(value, measured[case])
         record["factors"][factor] = points
+        for other, held in record["factors"].items():  # the base is the same point in all of them
+            held[str(getattr(base, other))] = measured[base]
         write()
     if args.plot:
         curves(record, LABELS, args.out.with_suffix(".png"))

@@ -138,8 +138,18 @@ def autoattack(
         classes: where there are fewer than ten, the targeted attacks have fewer targets.
         device: where it works.
 
+    Returns:
+        That package's ``AutoAttack``, bound to the model: serves wherever an attack does.
+
     Raises:
+        ValueError: ``norm`` is neither.
         MissingExtraError: neither ``pyautoattack`` nor ``autoattack`` is installed.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10)).eval()
+        >>> autoattack(model, eps=8 / 255).attacks_to_run
+        ['apgd-ce', 'apgd-t', 'fab-t', 'square']
     """
     check_norm(norm)
     module = _autoattack_module()

@@ -158,7 +158,22 @@ class PGD:
         generator: torch.Generator | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """All but the loop: checks, pixel units, the first iterate, the random state. ``search`` does the loop."""
+        """All but the loop: checks, pixel units, the first iterate, the random state.
+
+        Args:
+            search: does the loop: takes inputs (N, ...) in pixel units, labels (N,) and the first iterate (N, ...), and
+                returns the adversarial examples (N, ...) in pixel units.
+            x: as for a call of the attack.
+            y: likewise.
+            generator: likewise.
+            start: likewise.
+
+        Returns:
+            As a call of the attack does.
+
+        Raises:
+            ValueError: as a call of the attack does.
+        """
         check_pair(x, y)
         if start is not None and start.shape != x.shape:
             raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
@@ -193,9 +208,18 @@ class PGD:
         dtype: torch.dtype,
         advance: Advance | None = None,
     ) -> Tensor:
-        """The loop itself, all in pixel units, on a model that is ready to be attacked and takes ``dtype``.
+        """The loop itself, all in pixel units, on a model that is ready to be attacked.
 
-        ``advance`` stands in for a step of :meth:`advance`: the same, captured or compiled.
+        Args:
+            model: maps inputs (N, ...), normalised where ``mean`` and ``std`` are set, to logits (N, K).
+            pixels: clean inputs (N, ...) in pixel units, in at least float32.
+            y: labels (N,), int64.
+            begin: the first iterate (N, ...), within eps and the bounds.
+            dtype: what the model takes.
+            advance: stands in for :meth:`advance`: the same step, captured or compiled.
+
+        Returns:
+            The last iterate (N, ...), or, where ``best``, of each example the one with the largest loss; detached.
         """
         current, best, best_loss = begin, begin, torch.full_like(y, -math.inf, dtype=pixels.dtype)
         for step in range(self.steps):
@@ -222,7 +246,10 @@ class PGD:
         *,
         check: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """One step: the losses (N,) at the iterate ``current``, and the iterate after it."""
+        """One step, with arguments as for :meth:`search`: the losses (N,) at ``current``, and the iterate after it.
+
+        With ``check`` labels that are out of range raise a :class:`ValueError`.
+        """
         current = current.detach().requires_grad_()
         with torch.enable_grad():
             losses = self.losses(model, current, y, dtype, check=check)
@@ -239,7 +266,10 @@ class PGD:
         *,
         check: bool = False,
     ) -> Tensor:
-        """What the attack raises: for each example (N,) the loss, or its negative where ``targeted``."""
+        """What the attack raises: for each example (N,) the loss at ``current``, or its negative where ``targeted``.
+
+        Arguments as for :meth:`advance`.
+        """
         logits = model(self._inputs(current).to(dtype))
         if check:
             check_labels(y, logits)

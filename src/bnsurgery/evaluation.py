@@ -101,7 +101,8 @@ def evaluate(
 
     Args:
         model: maps inputs to logits (N, K). Normalisation belongs inside it, or in ``mean`` and ``std``.
-        data: an iterable of ``(x, y)`` batches, or one pair of tensors: inputs (N, ...) and labels (N,).
+        data: an iterable of ``(x, y)`` batches, or one pair of tensors: inputs (N, ...) and labels (N,). Inputs of
+            another dtype are rounded to float32, in which attacks work, and given to the model in its own.
         attacks: any of: ``"autoattack"`` (standard AutoAttack, a row for each of its four parts), a part's own name
             (``"apgd-ce"``, ``"apgd-t"``, ``"fab-t"``, ``"square"``), ``"pgd-20"`` (so many steps of 2.5 eps / steps),
             a :class:`PGD`, a torchattacks object, an AutoAttack object, a callable ``attack(model, x, y)``.
@@ -128,7 +129,12 @@ def evaluate(
         ValueError: an unknown name, an argument out of range, no data, wrong shapes, labels or inputs out of range, an
             attack object bound to a module around the model where that takes other inputs than float32 pixels.
         TypeError: an attack that is none.
+        BNSurgeryError: an attack returned something else than inputs of the same shape.
         MissingExtraError: AutoAttack is asked for and not installed.
+
+    Warns:
+        BNSurgeryWarning: an attack returned examples outside eps or the bounds, which do not count, or is set to
+            another eps or norm; the model cannot be copied or fused.
 
     Example:
         >>> import torch

@@ -101,7 +101,8 @@ def adv_finetune(
 
     Args:
         model: maps inputs to logits (N, K).
-        data: an iterable of ``(x, y)`` batches, gone over once an epoch; moved to the model's device.
+        data: an iterable of ``(x, y)`` batches, gone over once an epoch; moved to the model's device. Inputs x (N, ...)
+            in the model's dtype, within the attack's bounds (by default [0, 1]); integer labels y (N,) from 0 to K - 1.
         epochs: number of passes over the data, at least 1.
         train: ``"bn"``: gamma, beta and statistics (Table 1 of Walter et al.: BN PARAMS). ``"bn-params"``: gamma and
             beta, with BN normalising by fixed statistics (BN ONLY PARAMS). ``"bn-stats"``: statistics alone, nothing
@@ -141,8 +142,14 @@ def adv_finetune(
     Raises:
         NoBatchNormError: ``train`` is one of the ``"bn"`` kinds and there is no BN layer.
         ValueError: an argument out of range, nothing to train, no data, wrong shapes, inputs or labels out of range.
+        TypeError: ``attack`` is none.
         CheckpointError: the checkpoint is damaged or belongs to another run.
-        BNSurgeryError: a DistributedDataParallel model was built before what trains was chosen.
+        BNSurgeryError: a DistributedDataParallel model was built before what trains was chosen; the attack returned
+            something else than inputs of the same shape; or this is ``torch.inference_mode()``.
+
+    Warns:
+        BNSurgeryWarning: a step is skipped, since the loss or a gradient is not finite, or a batch left out, since a BN
+            layer would see one value per channel; the model cannot be copied or fused; ``precision`` changes nothing.
 
     Example:
         >>> import torch

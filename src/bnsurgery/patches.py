@@ -57,6 +57,16 @@ def load_bn_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         PatchError: entries are missing, unexpected, mis-shaped, not tensors, not finite, or a variance is negative;
             the message lists them, and nothing has been written.
         NoBatchNormError: the model has no BN layer.
+
+    Example:
+        >>> import torch
+        >>> model, other = (torch.nn.Sequential(torch.nn.BatchNorm2d(8)) for _ in range(2))
+        >>> state = bn_state(other)
+        >>> state["0.bias"].add_(1).max()
+        tensor(1.)
+        >>> load_bn_state(model, state)
+        >>> model[0].bias.max().item()
+        1.0
     """
     targets = _tensors(model)
     _check(targets, state)
@@ -141,6 +151,17 @@ def load_bn_patch(model: nn.Module, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: there is no such file.
         PatchError: this is no safetensors file, or it does not fit the model; nothing has been written to the model.
         NoBatchNormError: the model has no BN layer.
+
+    Example:
+        >>> import tempfile, pathlib, torch
+        >>> model, other = (torch.nn.Sequential(torch.nn.BatchNorm2d(8)) for _ in range(2))
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "patch.safetensors")
+        >>> with torch.no_grad():
+        ...     _ = other[0].bias.fill_(1)
+        >>> save_bn_patch(other, path)
+        >>> load_bn_patch(model, path)
+        >>> model[0].bias.max().item()
+        1.0
     """
     target = Path(path)
     if not target.is_file():

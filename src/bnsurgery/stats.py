@@ -108,8 +108,13 @@ def recalibrate_bn(
 
     Raises:
         NoBatchNormError: there is no BN layer (``strict=True``).
+        TypeError: ``attack`` is none.
         ValueError: an unknown estimator, ``batches`` below 1, no batch at all, or a one-shot iterator for ``"exact"``.
-        BNSurgeryError: a layer's statistics are not finite; with ``"exact"``, a model whose course depends on the data.
+        BNSurgeryError: a layer's statistics are not finite, or not of its number of channels; with ``"exact"``, a model
+            whose course depends on the data.
+
+    Warns:
+        BNSurgeryWarning: a batch is left out, since a BN layer would see one value per channel.
 
     Example:
         >>> import torch
