@@ -61,6 +61,8 @@ def main() -> int:
         curves(json.loads(args.out.read_text(encoding="utf-8")), LABELS, args.out.with_suffix(".png"))
         return 0
     record, write = opened(args, __file__, {"factors": {}})
+    if args.quick:
+        args.repeats = args.steps = 1
     base, factors = (QUICK, QUICK_FACTORS) if args.quick else (BASE, FACTORS)
     record |= {"base": asdict(base), "seed": SEED}
     measured: dict[Case, dict[str, Any]] = {}  # the base is a point of each factor
