@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnsurgery import (
     PGD,
@@ -21,7 +21,6 @@ from bnsurgery import (
     recalibrate_bn,
 )
 from bnsurgery._replicas import Replicas, craft_on_copy
-from bnsurgery.attacks import cross_entropy
 from networks import LIGHT, RESNET20, SMALL, Case
 
 pytestmark = pytest.mark.gpu
@@ -112,10 +111,16 @@ def test_a_captured_step_makes_the_same_examples_and_follows_the_model(attack: P
 
 
 def test_a_step_that_cannot_be_captured_runs_without() -> None:
-    def waits(logits: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(logits, y) * (1 if float(logits.sum()) < 1e9 else 2)
+    class Waiting(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.inside = inside
 
-    model, attack = SMALL.build().cuda(), PGD(0.1, 3, 0.03, loss=waits)
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.inside(x)
+            return logits * (1 if float(logits.sum()) < 1e9 else 2)
+
+    model, attack = Waiting(SMALL.build()).cuda(), PGD(0.1, 3, 0.03)
     with pytest.warns(BNSurgeryWarning, match="cannot be captured in a CUDA graph"):
         run = adv_finetune(model, [(SMALL.example(), SMALL.labels())] * 2, epochs=1, attack=attack, progress=False)
     assert run.steps == 2

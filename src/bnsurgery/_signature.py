@@ -64,8 +64,6 @@ def settings(attack: object) -> list[Any]:
     for name, value in vars(attack).items():
         if isinstance(value, Tensor):
             parts += (name, value.tolist())
-        elif isinstance(value, nn.Module):  # a loss
-            parts += (name, signature(value))
         elif name != "_generator":
             parts += (name, _account(value, frozenset()))
     return parts
