@@ -30,6 +30,11 @@ def batches_of(data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield unpack(batch)
 
 
+def given(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
+    """What a BN layer was called with, as its hooks are told: by position or by name."""
+    return inputs[0] if inputs else named["input"]
+
+
 def unpack(batch: object) -> tuple[Tensor, Tensor]:
     """Inputs and labels of one batch, shapes and types checked.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnsurgery._data import describe
+from bnsurgery._data import describe, given
 from bnsurgery._modes import Snapshot, preserved
 from bnsurgery._moments import Joined, Moments, Sample, merge, over_ranks, sum_over_ranks
 from bnsurgery.adapters import craft
@@ -88,11 +88,11 @@ class Run:
         """Looks at what each layer is given, for the block; attacks in between are not looked at."""
 
         def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            return lambda _layer, inputs, named: None if self._seen is None else self._seen(name, _first(inputs, named))
+            return lambda _layer, inputs, named: None if self._seen is None else self._seen(name, given(inputs, named))
 
         def after(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
             return lambda _layer, inputs, named, _outputs: (
-                None if self._done is None else self._done(name, _first(inputs, named))
+                None if self._done is None else self._done(name, given(inputs, named))
             )
 
         with ExitStack() as stack:
@@ -151,8 +151,7 @@ class Run:
                     merge(own, name, Moments.of(x))
                     return
                 # Others may read its running statistics in this pass: those that it writes to are for its call alone.
-                held = {"running_mean": layer.running_mean, "running_var": layer.running_var}
-                lent[name] = cast("dict[str, Tensor]", held)
+                lent[name] = dict(zip(("running_mean", "running_var"), _moving(layer), strict=True))
                 layer._buffers.update({key: torch.zeros_like(value) for key, value in lent[name].items()})
 
             def read(name: str, x: Tensor, last: dict[str, Sample] = last) -> None:
@@ -315,10 +314,6 @@ def default_forward(model: nn.Module, batch: Any) -> object:
 def _tracked(buffers: dict[str, Tensor]) -> Tensor | None:
     tracked = buffers.get("num_batches_tracked")
     return None if tracked is None else tracked.clone()
-
-
-def _first(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
-    return inputs[0] if inputs else named["input"]
 
 
 def _more_than_one(x: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from bnsurgery._data import check_labels, unpack
+from bnsurgery._data import check_labels, given, unpack
 from bnsurgery._frozen import nothing_kept
 from bnsurgery._layouts import channels_last, runs_channels_last
 from bnsurgery._modes import Buffers
@@ -310,7 +310,7 @@ class Tuning:
         """Watches, where a batch is of one, for BN layers that would have to take the variance of one value."""
 
         def look(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = inputs[0] if inputs else named["input"]
+            x = given(inputs, named)
             if layer.training and x.numel() == x.shape[1]:
                 raise _OneValue(f"a BN layer was given one value per channel, {tuple(x.shape)}")
 
