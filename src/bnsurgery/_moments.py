@@ -135,6 +135,15 @@ def sum_over_ranks(value: int) -> int:
     return sum(gathered)
 
 
+def slowest(seconds: float) -> float:
+    """The largest of what the ranks say, so that all of them do the same."""
+    if not distributed():
+        return seconds
+    gathered: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(gathered, seconds)
+    return max(gathered)
+
+
 def distributed() -> bool:
     """Whether this is one of several processes of ``torch.distributed``."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -135,11 +135,13 @@ class Tuning:
         progress: bool,
         images_channels_last: bool,
         lean: bool,
+        autocast: torch.dtype | None,
         compile: bool,  # noqa: A002 - the public name
     ) -> None:
         self.model, self.root, self.optimizer = model, unwrap(model), optimizer
         self._run = torch.compile(model) if compile else model
         self._images_channels_last, self._lean = images_channels_last, lean and not compile
+        self._autocast = autocast
         self._layouts: dict[torch.Size, bool] = {}
         self.make, self.clean_fraction, self.loss, self.schedule = make, clean_fraction, loss, schedule
         self.epochs, self.max_steps, self.on_step = epochs, max_steps, on_step
@@ -232,6 +234,7 @@ class Tuning:
                     with torch.set_grad_enabled(self.optimizer is not None):
                         logits = self._logits(x, before)
                         check_labels(y, logits)
+                        logits = logits if self._autocast is None else logits.float()
                         loss = self.loss(logits, y).mean()
                 if not self._backward(loss):
                     self._warn(
@@ -245,6 +248,7 @@ class Tuning:
         finally:
             if not whole:
                 before.restore()
+            torch.clear_autocast_cache()  # the caller's own autocast would go on with the weights of the first step
             if self.optimizer is not None:
                 self.optimizer.zero_grad(set_to_none=True)
         error_rate = 100 * float((logits.detach().argmax(1) != y).double().mean())
@@ -252,14 +256,16 @@ class Tuning:
 
     def _logits(self, x: Tensor, before: Buffers) -> Tensor:
         """The model's own in training mode; with images in the usual layout where a hook takes no other."""
-        try:
-            logits: Tensor = self._run(x)
-        except RuntimeError as error:
-            if not self._layouts.get(x.shape[1:]) or "view size is not compatible" not in str(error):
-                raise
-            self._layouts[x.shape[1:]] = False
-            before.restore()
-            logits = self._run(x.contiguous())
+        mixed = torch.autocast(x.device.type, self._autocast) if self._autocast is not None else nullcontext()
+        with mixed:
+            try:
+                logits: Tensor = self._run(x)
+            except RuntimeError as error:
+                if not self._layouts.get(x.shape[1:]) or "view size is not compatible" not in str(error):
+                    raise
+                self._layouts[x.shape[1:]] = False
+                before.restore()
+                logits = self._run(x.contiguous())
         return logits
 
     def _takes_channels_last(self, x: Tensor) -> bool:

@@ -15,6 +15,8 @@ from bnsurgery.layers import device_of
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = ("auto", "float32", "bfloat16", "float16")
+StepPrecision = Literal["model", "auto", "bfloat16"]
+STEP_PRECISIONS: tuple[StepPrecision, ...] = ("model", "auto", "bfloat16")
 EngineLike = Literal["fast", "plain"]
 
 __all__ = ["Engine"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +19,21 @@ from bnsurgery import _checkpoints
 from bnsurgery._allocator import keeping_memory
 from bnsurgery._data import is_pair
 from bnsurgery._modes import global_state, preserved
+from bnsurgery._moments import slowest
 from bnsurgery._replicas import Replicas, can_attack_a_copy
 from bnsurgery._tuning import SCHEDULES, AttackStep, Callback, EpochRecord, Schedule, StepCallback, StepRecord, Tuning
 from bnsurgery.adapters import check_attack, configuration_of
 from bnsurgery.attacks import PGD, Loss, cross_entropy
-from bnsurgery.engine import Engine, EngineLike, Precision, check_precision, chosen_engine, dtype_for
+from bnsurgery.engine import (
+    STEP_PRECISIONS,
+    Engine,
+    EngineLike,
+    Precision,
+    StepPrecision,
+    check_precision,
+    chosen_engine,
+    dtype_for,
+)
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.freezing import freeze_except_bn
 from bnsurgery.layers import device_of, named_parameters, unwrap
@@ -43,7 +54,7 @@ class Finetuning:
         trainable: names of the parameters that trained.
         steps: steps in all, those skipped or left out included.
         train: as asked for.
-        ended: ``"epochs"``, ``"max_steps"`` or ``"callback"``.
+        ended: ``"epochs"``, ``"max_steps"``, ``"max_seconds"`` or ``"callback"``.
     """
 
     history: tuple[EpochRecord, ...]
@@ -83,11 +94,13 @@ def adv_finetune(
     callbacks: Callback | Sequence[Callback] = (),
     on_step: StepCallback | None = None,
     max_steps: int | None = None,
+    max_seconds: float | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = True,
     engine: Engine | EngineLike = "fast",
     precision: Precision = "auto",
+    step_precision: StepPrecision = "model",
     compile: bool = False,  # noqa: A002 - torch's own word
 ) -> Finetuning:
     """Fine-tunes a model on adversarial examples, in place; by default its BN layers alone.
@@ -123,6 +136,8 @@ def adv_finetune(
             the run.
         on_step: called after each step likewise.
         max_steps: end after so many steps.
+        max_seconds: begin no epoch that, taking as long as the longest before it in this call, would end later than
+            this; the first is made in any case. With a checkpoint, another call goes on from there.
         seed: seeds the attack and, for the length of the call, torch's, NumPy's and Python's global generators, from
             which a shuffling loader draws.
         checkpoint: a file written after each epoch; where it exists the run goes on from it.
@@ -130,10 +145,13 @@ def adv_finetune(
         engine: ``"fast"``: a :class:`PGD` with ``bn="eval"``, a torchattacks or an AutoAttack object attacks a private
             copy of the model, fused, which follows the model step by step; the rest, callables above all, attacks the
             model itself. ``"plain"``: everything attacks the model itself. An :class:`Engine` sets the switches.
-        precision: what the copy computes in; training keeps the model's own dtype. ``"auto"``: for a PGD on a float32
-            model bfloat16 where the hardware has it fast (on a CPU not with depthwise convolutions, which are slower
-            so), else the model's own. ``"float32"``, ``"bfloat16"``, ``"float16"``: that; with a warning where there is
-            no copy to attack.
+        precision: what the copy computes in; for the training step see ``step_precision``. ``"auto"``: for a PGD on a
+            float32 model bfloat16 where the hardware has it fast (on a CPU not with depthwise convolutions, which are
+            slower so), else the model's own. ``"float32"``, ``"bfloat16"``, ``"float16"``: that; with a warning where there
+            is no copy to attack.
+        step_precision: what the training step's forward pass computes in. ``"model"``: the model's own dtype.
+            ``"bfloat16"``: bfloat16 under ``torch.autocast``, with parameters, statistics, logits and loss as they are.
+            ``"auto"``: that for a float32 model where the hardware has it fast, else the model's own.
         compile: run the copy and the training step through ``torch.compile``: seconds to minutes at the start.
 
     Returns:
@@ -159,18 +177,22 @@ def adv_finetune(
         >>> run.trainable, run.steps
         (('2.weight', '2.bias'), 8)
     """
-    _check(data, epochs, train, clean_fraction, max_steps)
+    _check(data, epochs, train, clean_fraction, max_steps, max_seconds)
     if attack is not None:
         check_attack(attack)
     factor = _schedule(schedule)
     switches = chosen_engine(engine)
     check_precision(precision, switches)
+    if step_precision not in STEP_PRECISIONS:
+        known = ", ".join(map(repr, STEP_PRECISIONS))
+        raise ValueError(f"step_precision must be one of {known}, got {step_precision!r}")
     each_epoch = (callbacks,) if callable(callbacks) else tuple(callbacks)
     root, device = unwrap(model), device_of(model)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"checkpoint={str(path)!r}: the folder {str(path.parent)!r} does not exist")
     generator = torch.Generator().manual_seed(seed)
+    began, longest = time.perf_counter(), 0.0
     history: list[EpochRecord] = []
     ended = "epochs"
     asked = {name for name, parameter in named_parameters(root).items() if parameter.requires_grad}
@@ -184,6 +206,9 @@ def adv_finetune(
         if precision != "auto" and (attack is None or not can_attack_a_copy(attack, root)):
             reason = "there is no attack" if attack is None else f"{type(attack).__name__} attacks the model itself"
             warnings.warn(f"precision={precision!r} changes nothing: {reason}", BNSurgeryWarning, stacklevel=2)
+        autocast = torch.bfloat16 if step_precision == "bfloat16" else None
+        if step_precision == "auto":
+            autocast = dtype_for(root, "auto", lower=True)
         tuning = Tuning(
             model,
             chosen,
@@ -198,6 +223,7 @@ def adv_finetune(
             progress=progress,
             images_channels_last=switches is not None and switches.channels_last,
             lean=switches is not None,
+            autocast=autocast,
             compile=compile,
         )
         configuration = {
@@ -212,6 +238,7 @@ def adv_finetune(
             "options": [] if chosen is None else [_options(group) for group in chosen.param_groups],
             "schedule": schedule if isinstance(schedule, str) else "function",
             "seed": seed,
+            "step": str(autocast),
             "train": train,
             "trainable": [[name, *parameters[name].shape] for name in trainable],
         }
@@ -222,6 +249,7 @@ def adv_finetune(
                 history, step, ended = _checkpoints.restore(path, state, targets, chosen, device, generator)
                 tuning.resume(len(history), step)
             while tuning.epoch < epochs and ended == "epochs":
+                start = time.perf_counter()
                 record = tuning.run_epoch(data)
                 history.append(record)
                 stop = [bool(callback(record, root)) for callback in each_epoch]
@@ -234,6 +262,11 @@ def adv_finetune(
                     targets = _checkpoints.tensors(root, trainable)
                     done = {"ended": ended, "history": [asdict(epoch) for epoch in history], "step": tuning.step}
                     _checkpoints.save(path, configuration, done, targets, chosen, device, generator)
+                now = time.perf_counter()
+                longest = max(longest, now - start)
+                if max_seconds is not None and slowest(now - began + longest) > max_seconds:
+                    if ended == "epochs" and tuning.epoch < epochs:
+                        ended = "max_seconds"  # which the checkpoint does not say: the run is to go on from it
     return Finetuning(tuple(history), trainable, tuning.step, train, ended)
 
 
@@ -295,7 +328,9 @@ def _schedule(schedule: str | Schedule) -> Schedule:
     return SCHEDULES[schedule]
 
 
-def _check(data: object, epochs: int, train: str, clean_fraction: float, max_steps: int | None) -> None:
+def _check(
+    data: object, epochs: int, train: str, clean_fraction: float, max_steps: int | None, max_seconds: float | None
+) -> None:
     if train not in TRAIN:
         raise ValueError(f"train must be one of {', '.join(map(repr, TRAIN))}, got {train!r}")
     for name, value in (("epochs", epochs), ("max_steps", max_steps)):
@@ -303,6 +338,8 @@ def _check(data: object, epochs: int, train: str, clean_fraction: float, max_ste
             raise ValueError(f"{name} must be at least 1, got {value}")
         if value is not None and int(value) != value:
             raise ValueError(f"{name} must be a whole number, got {value}")
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"max_seconds must be above 0, got {max_seconds}")
     if not 0 <= clean_fraction <= 1:
         raise ValueError(f"clean_fraction must lie in [0, 1], got {clean_fraction}")
     if is_pair(data):

@@ -1,0 +1,1 @@
+"""Scripts that use bnsurgery, and what they share: network, data, and what they ran on."""

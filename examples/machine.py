@@ -1,0 +1,46 @@
+"""What a result was made with: versions, hardware, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("bnsurgery", "torch", "torchvision", "torchattacks", "pyautoattack", "adversarial-robustness-toolbox")
+PACKAGES += ("foolbox", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are installed, and of Python."""
+    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    return {package: installed[package] for package in PACKAGES if package in installed} | {
+        "python": platform.python_version()
+    }
+
+
+def hardware(device: torch.device | None = None) -> str:
+    """The processor, and the accelerator: that of ``device``, or by default the one that there is."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    text = f"{name}, {torch.get_num_threads()} threads{', ' if extras else ''}{' '.join(extras)}"
+    cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
+    return f"{text}; {torch.cuda.get_device_name(device)}" if cuda else text
+
+
+def commit() -> str | None:
+    """The commit that is checked out, ``+`` where files differ from it; None outside a repository."""
+    root = Path(__file__).parents[1]
+    try:
+        asked = [
+            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603, S607
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return asked[0] + ("+" if asked[1] else "")

@@ -1,0 +1,120 @@
+"""Reproduces Walter, Stutz and Schiele: the rows of Table 2, Figures 1 to 3, and the remarks of the text.
+
+    python -m examples.walter all --data DIR             train and evaluate every row, print the table, draw the figures
+    python -m examples.walter train ROW | evaluate ROW   one row, after those that it starts from
+    python -m examples.walter table | figures | check    from what is finished
+    python -m examples.walter choose ROW                 compare settings on left-out training images
+
+Whatever is finished is kept, and what was interrupted goes on where it was, to the epoch at least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from examples.walter import choosing, data, training
+from examples.walter.files import Folder, Problem
+from examples.walter.rows import CHOICES, ROWS
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with an argument in one line; the usage is for --help."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Problem(message)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="walter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=list(COMMANDS))
+    parser.add_argument("row", nargs="?", help=f"for train and evaluate: {', '.join(ROWS)}")
+    parser.add_argument("--data", type=Path, default=Path("runs/cifar10"), help="CIFAR-10; downloaded to a new folder")
+    parser.add_argument("--out", type=Path, help="where results go (runs/walter)")
+    parser.add_argument("--width", type=positive, help="base width of the ResNet-20; the paper's is 64 (16)")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument("--budget", type=minutes, help="stop after so many minutes; the same command then goes on")
+    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ... (cpu)")
+    parser.add_argument("--quick", action="store_true", help="a few images of the shipped sample, to see that it runs")
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs/walter-quick" if args.quick else "runs/walter")
+    args.width = args.width or (8 if args.quick else 16)
+    if args.command in ("train", "evaluate", "choose"):
+        known = CHOICES if args.command == "choose" else ROWS
+        if args.row not in known:
+            given = "no row given" if args.row is None else f"unknown row {args.row!r}"
+            raise Problem(f"{given}: {args.command} takes one of {', '.join(known)}")
+    elif args.row is not None:
+        raise Problem(f"{args.command} takes no row, got {args.row!r}")
+    return args
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, got {text!r}")
+    return value
+
+
+def device(text: str) -> torch.device:
+    try:
+        chosen = torch.device(text)
+        torch.ones(1, device=chosen).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} is not available here: {reason}") from None
+    return chosen
+
+
+def session(args: argparse.Namespace, began: float) -> training.Session:
+    """What the arguments say, with the images read."""
+    return training.Session(
+        folder=Folder(args.out, args.width, args.seed),
+        images=data.read(None if args.quick else args.data),
+        scale=training.QUICK if args.quick else training.FULL,
+        device=args.device,
+        deadline=None if args.budget is None else began + 60 * args.budget,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def train(args: argparse.Namespace, began: float) -> int:
+    done = training.train(session(args, began), args.row)
+    print(f"{args.row}: {'trained' if done else 'stopped at the budget; the same command goes on'}")
+    return 0
+
+
+def choose(args: argparse.Namespace, began: float) -> int:
+    print(choosing.choose(session(args, began), args.row))
+    return 0
+
+
+COMMANDS = {"train": train, "choose": choose}
+
+
+def main(argv: list[str] | None = None) -> int:
+    began = time.monotonic()
+    try:
+        args = arguments(argv)
+        return COMMANDS[args.command](args, began)
+    except Problem as problem:
+        print(f"walter: error: {problem}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The configurations of the paper: what each row starts from, what trains, what its statistics do, on which examples.
+
+Numbers of the paper are clean error and robust error under AutoAttack in percent (Table 2), L-infinity, eps 8/255.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from bnsurgery import PGD
+from bnsurgery.finetuning import Train
+
+EPS = 8 / 255
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration.
+
+    Attributes:
+        name: as the paper has it; of rows that are not in its table, likewise.
+        start: the row whose network this one starts from; None: random weights.
+        train: what trains, in the words of :func:`bnsurgery.adv_finetune`.
+        adversarial: whether it trains on adversarial examples (crops and flips) or on clean ones (AutoAugment, Cutout).
+        epochs: passes over the training set.
+        also: what else trains.
+        reset: whether BN statistics are reset first.
+        lr: initial learning rate of SGD with Nesterov momentum 0.9, which falls to 0 along a cosine.
+        weight_decay: on all that trains.
+        eps: radius of the attack in training, in pixel units of [0, 1].
+        gamma: initial value of gamma in a random network: 1, or drawn from U(0, 1) as by Frankle et al. (2021).
+        paper: clean and robust error in the paper's Table 2; None: the row is not in the table.
+    """
+
+    name: str
+    start: str | None
+    train: Train
+    adversarial: bool
+    epochs: int
+    also: tuple[str, ...] = ()
+    reset: bool = False
+    lr: float = 0.05
+    weight_decay: float = 5e-4
+    eps: float = EPS
+    gamma: Literal["one", "uniform"] = "one"
+    paper: tuple[float, float] | None = None
+
+    def attack(self) -> PGD | None:
+        """PGD with 10 steps of 0.007 (at eps 8/255) from a random start, of which the best iterate counts."""
+        if not self.adversarial:
+            return None
+        return PGD(self.eps, steps=10, step_size=0.007 * self.eps / EPS, best=True)
+
+    def configuration(self) -> dict[str, Any]:
+        """What decides about the result, as plain values."""
+        plain = asdict(self) | {"also": list(self.also), "attack": repr(self.attack()) if self.adversarial else None}
+        return {name: value for name, value in plain.items() if name not in ("name", "paper")}
+
+
+_BASE = Row("NORMAL", None, "all", adversarial=False, epochs=60)
+_STATS = Row("BN STATS (no reset)", "normal", "bn-stats", adversarial=True, epochs=1)
+_BN = Row("BN PARAMS", "normal", "bn", adversarial=True, epochs=12)
+_BOTH_ENDS = ("conv1", "logits")
+
+ROWS: Mapping[str, Row] = {
+    "normal": replace(_BASE, paper=(4.11, 99.8)),
+    "normal-bn-only": replace(_BASE, name="NORMAL +BN ONLY", train="bn", epochs=25, paper=(46.11, 99.7)),
+    "normal-bn-only-log-conv1": replace(
+        _BASE, name="NORMAL +BN ONLY +log+conv1", train="bn", also=_BOTH_ENDS, epochs=25, paper=(35.89, 99.6)
+    ),
+    "adv": Row("ADV", None, "all", adversarial=True, epochs=30, paper=(17.67, 58.4)),
+    "adv-bn-only": Row("ADV +BN ONLY", None, "bn", adversarial=True, epochs=15, paper=(43.33, 98.0)),
+    "adv-bn-only-log-conv1": Row(
+        "ADV +BN ONLY +log+conv1", None, "bn", adversarial=True, epochs=15, also=_BOTH_ENDS, paper=(35.22, 98.1)
+    ),
+    "bn-stats": replace(_STATS, paper=(6.44, 99.9)),
+    "bn-stats-reset": replace(_STATS, name="BN STATS (reset)", reset=True, paper=(6.33, 99.6)),
+    "bn-only-params": replace(_BN, name="BN ONLY PARAMS", train="bn-params", paper=(77.11, 85.3)),
+    "bn-params": replace(_BN, paper=(29.67, 70.5)),
+    "bn-params-log-conv1": replace(_BN, name="BN PARAMS +log+conv1", also=_BOTH_ENDS, paper=(26.89, 68.2)),
+    # Not in the table: remarks of the text, and whether the rows have settled.
+    "bn-stats-eps4": replace(_STATS, name="BN STATS (no reset), eps 4/255", eps=4 / 255),
+    "bn-stats-eps2": replace(_STATS, name="BN STATS (no reset), eps 2/255", eps=2 / 255),
+    "bn-stats-eps1": replace(_STATS, name="BN STATS (no reset), eps 1/255", eps=1 / 255),
+    "bn-stats-log": replace(_STATS, name="BN STATS (no reset) +log", start="bn-stats", also=("logits",), epochs=3),
+    "bn-params-longer": replace(_BN, name="BN PARAMS, twice the epochs", epochs=2 * _BN.epochs),
+}
+"""By the name that the command line takes, each after what it starts from."""
+
+CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "bn-params": tuple({"lr": lr, "weight_decay": decay} for lr in (0.05, 0.1, 0.2, 0.4) for decay in (5e-4, 0.0)),
+    "normal-bn-only": tuple({"lr": lr, "gamma": gamma} for lr in (0.05, 0.1, 0.2) for gamma in ("one", "uniform")),
+}
+"""By row: the settings that are compared on training images that are left out of training, to choose among them."""
+
+
+def table() -> dict[str, Row]:
+    """The eleven rows of Table 2."""
+    return {key: row for key, row in ROWS.items() if row.paper is not None}
+
+
+def needed(keys: list[str]) -> list[str]:
+    """These rows and those that they start from, each once, in an order in which every start comes first."""
+    wanted = set(keys)
+    for key in reversed(list(ROWS)):
+        start = ROWS[key].start
+        if key in wanted and start is not None:
+            wanted.add(start)
+    return [key for key in ROWS if key in wanted]
