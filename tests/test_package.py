@@ -54,6 +54,7 @@ ORDER = [
     "_packing",
     "_evaluating",
     "evaluation",
+    "analysis",
     "plots",
 ]
 """Each module imports only modules to its left (above)."""

@@ -14,13 +14,14 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-from examples.walter import choosing, data, training
-from examples.walter.files import Folder, Problem
-from examples.walter.rows import CHOICES, ROWS
+from examples.walter import checks, choosing, data, evaluating, figures, planning, tables, training
+from examples.walter.files import Folder, Problem, read_json, write
+from examples.walter.results import Results
+from examples.walter.rows import CHOICES, ROWS, needed
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,9 +94,74 @@ def session(args: argparse.Namespace, began: float) -> training.Session:
 
 
 def train(args: argparse.Namespace, began: float) -> int:
-    done = training.train(session(args, began), args.row)
-    print(f"{args.row}: {'trained' if done else 'stopped at the budget; the same command goes on'}")
+    now = session(args, began)
+    for key in needed([args.row]):
+        if not training.train(now, key):
+            return stopped(key)
+        print(f"{key}: trained, {now.folder.record(key, 'train')}", flush=True)
     return 0
+
+
+def evaluate(args: argparse.Namespace, began: float) -> int:
+    now = session(args, began)
+    if not evaluating.evaluate_row(now, args.row):
+        return stopped(args.row)
+    path = now.folder.record(args.row, "evaluate")
+    print(f"{args.row}: {short(read_json(path))}, {path}")
+    return 0
+
+
+def everything(args: argparse.Namespace, began: float) -> int:
+    now = session(args, began)
+    for number, key in enumerate(ROWS, start=1):
+        print(f"[{number} of {len(ROWS)}] {ROWS[key].name}; {planning.remaining(now)}", flush=True)
+        if not (training.train(now, key) and evaluating.evaluate_row(now, key)):
+            return stopped(key)
+        print(f"    {short(read_json(now.folder.record(key, 'evaluate')))}", flush=True)
+    return table(args, began) or draw(args, began)
+
+
+def stopped(key: str) -> int:
+    print(f"stopped at the budget in {key}; the same command goes on from there")
+    return 0
+
+
+def short(record: dict[str, Any]) -> str:
+    count = max(record["clean_error"], key=int)
+    robust = record["autoattack"]
+    return (
+        f"clean error {record['clean_error'][count]:.2f}% of {int(count):,}, AutoAttack "
+        f"{robust['robust_error']:.1f} ± {robust['standard_error']:.1f}% of {robust['examples']:,}"
+    )
+
+
+def table(args: argparse.Namespace, began: float) -> int:  # noqa: ARG001 - as all commands
+    found = results(args)
+    text = tables.everything(found)
+    write(found.folder.path / "table.md", lambda partial: partial.write_text(text, encoding="utf-8"))
+    print(text)
+    return 0
+
+
+def draw(args: argparse.Namespace, began: float) -> int:  # noqa: ARG001
+    for path in figures.draw(results(args)):
+        print(f"wrote {path}")
+    return 0
+
+
+def check(args: argparse.Namespace, began: float) -> int:  # noqa: ARG001
+    found = results(args)
+    made = [*checks.checks(found), checks.settled(found)]
+    print("\n".join(map(str, made)))
+    return 0 if all(one.holds for one in made) else 1
+
+
+def results(args: argparse.Namespace) -> Results:
+    """What is finished; :class:`Problem` where nothing is."""
+    folder = Folder(args.out, args.width, args.seed)
+    if not folder.path.is_dir():
+        raise Problem(f"there are no results in {folder.path}")
+    return Results(folder)
 
 
 def choose(args: argparse.Namespace, began: float) -> int:
@@ -103,7 +169,15 @@ def choose(args: argparse.Namespace, began: float) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "choose": choose}
+COMMANDS = {
+    "all": everything,
+    "train": train,
+    "evaluate": evaluate,
+    "table": table,
+    "figures": draw,
+    "check": check,
+    "choose": choose,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -66,14 +66,14 @@ _BOTH_ENDS = ("conv1", "logits")
 
 ROWS: Mapping[str, Row] = {
     "normal": replace(_BASE, paper=(4.11, 99.8)),
-    "normal-bn-only": replace(_BASE, name="NORMAL +BN ONLY", train="bn", epochs=25, paper=(46.11, 99.7)),
+    "normal-bn-only": replace(_BASE, name="NORMAL +BN ONLY", train="bn", epochs=25, lr=0.1, paper=(46.11, 99.7)),
     "normal-bn-only-log-conv1": replace(
-        _BASE, name="NORMAL +BN ONLY +log+conv1", train="bn", also=_BOTH_ENDS, epochs=25, paper=(35.89, 99.6)
+        _BASE, name="NORMAL +BN ONLY +log+conv1", train="bn", also=_BOTH_ENDS, epochs=25, lr=0.1, paper=(35.89, 99.6)
     ),
     "adv": Row("ADV", None, "all", adversarial=True, epochs=30, paper=(17.67, 58.4)),
-    "adv-bn-only": Row("ADV +BN ONLY", None, "bn", adversarial=True, epochs=15, paper=(43.33, 98.0)),
+    "adv-bn-only": Row("ADV +BN ONLY", None, "bn", adversarial=True, epochs=15, lr=0.1, paper=(43.33, 98.0)),
     "adv-bn-only-log-conv1": Row(
-        "ADV +BN ONLY +log+conv1", None, "bn", adversarial=True, epochs=15, also=_BOTH_ENDS, paper=(35.22, 98.1)
+        "ADV +BN ONLY +log+conv1", None, "bn", True, epochs=15, also=_BOTH_ENDS, lr=0.1, paper=(35.22, 98.1)
     ),
     "bn-stats": replace(_STATS, paper=(6.44, 99.9)),
     "bn-stats-reset": replace(_STATS, name="BN STATS (reset)", reset=True, paper=(6.33, 99.6)),

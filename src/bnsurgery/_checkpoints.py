@@ -37,8 +37,13 @@ def save(
         "random": random_state(device, generator),
         "tensors": {name: tensor.detach().cpu() for name, tensor in targets.items()},
     }
-    with replacing(path) as partial:
-        torch.save(state, partial)
+    with replacing(path) as partial, partial.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # the disk is full, which torch has no words for
+                raise error.__context__ from None
+            raise
 
 
 def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,20 @@ def batches_of(data: Data, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield unpack(batch)
 
 
+def gather(data: Data, batch_size: int, most: int | None) -> tuple[Tensor, Tensor]:
+    """The first ``most`` examples in memory: x (N, ...) and y (N,), on the CPU."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    count = 0
+    for x, y in batches_of(data, batch_size):
+        pairs.append((x.cpu(), y.cpu().long()))
+        count += len(y)
+        if most is not None and count >= most:
+            break
+    if not count:
+        raise ValueError("data has no examples")
+    return torch.cat([x for x, _ in pairs])[:most], torch.cat([y for _, y in pairs])[:most]
+
+
 def given(inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> Tensor:
     """What a BN layer was called with, as its hooks are told: by position or by name."""
     return inputs[0] if inputs else named["input"]

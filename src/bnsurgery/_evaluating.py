@@ -173,14 +173,18 @@ class Run:
 
     def right(self, rows: Tensor, x: Tensor) -> Tensor:
         """Whether the model classifies x, made from these rows, right: bool (len(rows),)."""
-        right = []
+        return self.logits(rows, x).argmax(1) == self.y[rows]
+
+    def logits(self, rows: Tensor, x: Tensor) -> Tensor:
+        """What the model gives for x, made from these rows: (len(rows), K), on the CPU."""
+        made = []
         with torch.no_grad(), global_state(self.device, seed=0):
             for part, index in zip(torch.split(x, self.batch_size), torch.split(rows, self.batch_size), strict=True):
                 logits = self.model(part.to(self.device))
                 check_labels(self.y[index], logits)
                 self.classes = logits.shape[1]
-                right.append(logits.argmax(1).cpu() == self.y[index])
-        return torch.cat(right)
+                made.append(logits.cpu())
+        return torch.cat(made)
 
     @cached_property
     def replica(self) -> Replica | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnsurgery._allocator import keeping_memory
-from bnsurgery._data import Data, batches_of, check_bounds, check_eps
+from bnsurgery._data import Data, check_bounds, check_eps, gather
 from bnsurgery._evaluating import AttackRow, InPixels, Run, percent, plan
 from bnsurgery._geometry import Norm, check_norm
 from bnsurgery._modes import global_state
@@ -156,7 +156,7 @@ def evaluate(
     switches = chosen_engine(engine)
     plans = plan(attacks, eps, norm, bounds, normalised=mean is not None)
     with global_state(device_of(root)):
-        x, y = _gather(data, batch_size, max_examples)
+        x, y = gather(data, batch_size, max_examples)
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), x.dtype)
     inside = None
     if mean is not None or (dtype, x.dtype) != (torch.float32, torch.float32):
@@ -195,17 +195,3 @@ def evaluate(
         robust=run.robust,
         adversarial=made,
     )
-
-
-def _gather(data: Data, batch_size: int, most: int | None) -> tuple[Tensor, Tensor]:
-    """The first ``most`` examples in memory: x (N, ...) and y (N,), on the CPU."""
-    pairs: list[tuple[Tensor, Tensor]] = []
-    count = 0
-    for x, y in batches_of(data, batch_size):
-        pairs.append((x.cpu(), y.cpu().long()))
-        count += len(y)
-        if most is not None and count >= most:
-            break
-    if not count:
-        raise ValueError("data has no examples")
-    return torch.cat([x for x, _ in pairs])[:most], torch.cat([y for _, y in pairs])[:most]

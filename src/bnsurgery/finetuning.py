@@ -147,8 +147,8 @@ def adv_finetune(
             model itself. ``"plain"``: everything attacks the model itself. An :class:`Engine` sets the switches.
         precision: what the copy computes in; for the training step see ``step_precision``. ``"auto"``: for a PGD on a
             float32 model bfloat16 where the hardware has it fast (on a CPU not with depthwise convolutions, which are
-            slower so), else the model's own. ``"float32"``, ``"bfloat16"``, ``"float16"``: that; with a warning where there
-            is no copy to attack.
+            slower so), else the model's own. ``"float32"``, ``"bfloat16"``, ``"float16"``: that; with a warning
+            where there is no copy to attack.
         step_precision: what the training step's forward pass computes in. ``"model"``: the model's own dtype.
             ``"bfloat16"``: bfloat16 under ``torch.autocast``, with parameters, statistics, logits and loss as they are.
             ``"auto"``: that for a float32 model where the hardware has it fast, else the model's own.
@@ -264,9 +264,9 @@ def adv_finetune(
                     _checkpoints.save(path, configuration, done, targets, chosen, device, generator)
                 now = time.perf_counter()
                 longest = max(longest, now - start)
-                if max_seconds is not None and slowest(now - began + longest) > max_seconds:
-                    if ended == "epochs" and tuning.epoch < epochs:
-                        ended = "max_seconds"  # which the checkpoint does not say: the run is to go on from it
+                late = max_seconds is not None and slowest(now - began + longest) > max_seconds
+                if late and ended == "epochs" and tuning.epoch < epochs:
+                    ended = "max_seconds"  # which the checkpoint does not say: the run is to go on from it
     return Finetuning(tuple(history), trainable, tuning.step, train, ended)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bnsurgery.analysis import Histogram
 from bnsurgery.errors import MissingExtraError
 from bnsurgery.folding import Affine
 
@@ -82,6 +83,39 @@ def plot_errors(epochs: Sequence[float], errors: Mapping[str, Sequence[float]], 
         ax.plot(epochs, values, marker="o", ms=3, label=name)
     ax.set(xlabel="epoch", ylabel="error (%)", ylim=(0, 102))
     ax.xaxis.set_major_locator(_whole_numbers())
+    ax.legend()
+    return ax
+
+
+def plot_histograms(histograms: Mapping[str, Histogram], *, xlabel: str, ax: Axes | None = None) -> Axes:
+    """Draws histograms as outlines over one another, each in percent of its own values.
+
+    Args:
+        histograms: by the name that the legend shows, what :func:`bnsurgery.analysis.histogram` returned.
+        xlabel: what the values are, and their unit.
+        ax: where to draw; new axes by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        ValueError: there is no histogram.
+
+    Example:
+        >>> import torch
+        >>> from bnsurgery.analysis import histogram
+        >>> ax = plot_histograms({"NORMAL": histogram(torch.randn(100))}, xlabel="gamma")
+        >>> ax.get_ylabel()
+        'share of values (%)'
+    """
+    if not histograms:
+        raise ValueError("histograms must hold at least one, got none")
+    ax = _axes(ax)
+    for index, (name, found) in enumerate(histograms.items()):
+        style = ("-", "--", ":", "-.")[index % 4]  # told apart in print without colours too
+        ax.stairs(found.shares, found.edges, label=name, lw=1.5, ls=style)
+    ax.set(xlabel=xlabel, ylabel="share of values (%)")
     ax.legend()
     return ax
 

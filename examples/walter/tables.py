@@ -1,0 +1,105 @@
+"""The tables: parameters (Table 1), errors beside the paper's (Table 2), and the remarks of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from examples.resnet import resnet20
+from examples.walter.results import Results
+from examples.walter.rows import EPS, ROWS, Row, table
+from examples.walter.training import shares, statistics
+
+PENDING = "pending"
+TRAINS = {"all": "everything", "bn": "gamma, beta", "bn-params": "gamma, beta", "bn-stats": "nothing"}
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def parameters(width: int) -> str:
+    """Table 1: what trains, and its share of all parameters, here and at the paper's width."""
+    models = {at: resnet20(at) for at in dict.fromkeys((width, 64))}
+
+    def line(row: Row) -> list[str]:
+        cells = []
+        for model in models.values():
+            found = shares(model, row)
+            cells.append(f"{found['parameters']:,} ({found['percent']:.2f}%)")
+        start = "random" if row.start is None else ROWS[row.start].name
+        examples = "adversarial" if row.adversarial else "clean"
+        return [row.name, start, ", ".join([TRAINS[row.train], *row.also]), statistics(row), examples, *cells]
+
+    head = ["row", "start", "trains", "statistics", "examples", *(f"trainable at width {at}" for at in models)]
+    return markdown(head, map(line, table().values()))
+
+
+def errors(results: Results) -> str:
+    """Table 2, and the paper's."""
+    counts = next((list(r["clean_error"]) for key in ROWS if (r := results.evaluation(key))), ["900", "1000", "10000"])
+    head = ["row", *(f"clean, first {int(count):,}" for count in counts), "AutoAttack", "PGD-20", "paper: clean"]
+    return markdown([*head, "paper: AutoAttack"], (_errors(results, key, row, counts) for key, row in table().items()))
+
+
+def _errors(results: Results, key: str, row: Row, counts: Sequence[str]) -> list[str]:
+    paper = [f"{value:g}" for value in row.paper or ()]
+    record = results.evaluation(key)
+    if record is None:
+        return [row.name, *[PENDING] * (len(counts) + 2), *paper]
+    clean = [f"{record['clean_error'][count]:.2f}" for count in counts]
+    attacks = [f"{found['robust_error']:.1f} ± {found['standard_error']:.1f}" for found in _attacks(record)]
+    return [row.name, *clean, *attacks, *paper]
+
+
+def _attacks(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    return record["autoattack"], at(record, EPS)
+
+
+def at(record: dict[str, Any], eps: float) -> dict[str, Any]:
+    """What PGD-20 found at a radius."""
+    return next(found for found in record["pgd20"] if abs(found["eps"] - eps) < 1e-9)
+
+
+def remarks(results: Results) -> str:
+    """BN STATS at smaller radii, with the same radius in the forward passes, and rows beside the table."""
+    parts = []
+    for key in ("bn-stats", "bn-stats-eps4", "bn-stats-eps2", "bn-stats-eps1"):
+        eps = ROWS[key].eps
+        cells = []
+        for other in ("normal", key):
+            record = results.evaluation(other)
+            found = None if record is None else at(record, eps)
+            cells += [PENDING] * 2 if found is None else [_loss(found), _robust(found)]
+        parts.append([f"{255 * eps:.0f}/255", *cells])
+    head = ["eps", "NORMAL: cross-entropy", "robust error", "BN STATS: cross-entropy", "robust error"]
+    text = markdown(head, parts) + "\n"
+    rows = []
+    for key in ("bn-stats", "bn-stats-log", "bn-params", "bn-params-longer"):
+        record = results.evaluation(key)
+        if record is None:
+            rows.append([ROWS[key].name, *[PENDING] * 3])
+            continue
+        clean = record["clean_error"][max(record["clean_error"], key=int)]
+        rows.append([ROWS[key].name, f"{clean:.2f}", _robust(record["autoattack"]), _loss(at(record, EPS))])
+    return text + markdown(["row", "clean", "AutoAttack", "cross-entropy under PGD-20"], rows)
+
+
+def _robust(found: dict[str, Any]) -> str:
+    return f"{found['robust_error']:.1f} ± {found['standard_error']:.1f}"
+
+
+def _loss(found: dict[str, Any]) -> str:
+    return f"{found['cross_entropy']:.2f} ± {found['cross_entropy_standard_error']:.2f}"
+
+
+def everything(results: Results) -> str:
+    """All tables."""
+    width = results.folder.width
+    return (
+        f"## Errors in percent, width {width}, ± one standard error\n\n{errors(results)}\n"
+        f"## Parameters\n\n{parameters(width)}\n"
+        f"## Remarks: under PGD-20\n\n{remarks(results)}"
+    )

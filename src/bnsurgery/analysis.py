@@ -1,0 +1,234 @@
+"""Records about a network that say what BN fine-tuning did to it: normalized weights, outputs under attack, histograms.
+
+They hold plain numbers and tensors on the CPU; :mod:`bnsurgery.plots` draws them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnsurgery._allocator import keeping_memory
+from bnsurgery._data import Data, gather
+from bnsurgery._evaluating import InPixels, Run, percent
+from bnsurgery._modes import global_state
+from bnsurgery._replicas import Replicas
+from bnsurgery.adapters import check_attack
+from bnsurgery.attacks import attacking
+from bnsurgery.engine import Engine, EngineLike, chosen_engine
+from bnsurgery.folding import Affine
+from bnsurgery.layers import device_of, unwrap
+
+__all__ = ["Histogram", "Outputs", "WeightShift", "histogram", "outputs", "weight_shift"]
+
+
+@dataclass(frozen=True)
+class WeightShift:
+    """How far normalized weights moved from one network to another.
+
+    Attributes:
+        layers: by layer, the mean of m over its channels in the second network, minus that in the first.
+        mean: the average of these over the layers, each counting alike.
+    """
+
+    layers: dict[str, float]
+    mean: float
+
+
+def weight_shift(before: Mapping[str, Affine], after: Mapping[str, Affine]) -> WeightShift:
+    """Compares the normalized weights m of two networks, layer by layer; changes nothing.
+
+    Walter, Stutz and Schiele (arXiv 2204.12393, Figure 2) find an average difference of -0.177 between a network whose
+    BN was fine-tuned adversarially and the one that it started from.
+
+    Args:
+        before: what :func:`bnsurgery.fold_bn` returned of the first network.
+        after: of the second, with the same layers.
+
+    Returns:
+        Differences of the means over channels, computed in float64.
+
+    Raises:
+        ValueError: there are no layers, or the networks' differ in names or channels.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm2d(4, eps=0.0))
+        >>> before = fold_bn(model)
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.mul_(0.5)
+        >>> weight_shift(before, fold_bn(model)).mean
+        -0.5
+    """
+    if not before:
+        raise ValueError("before holds no layer")
+    other = sorted(before.keys() ^ after.keys())
+    if other:
+        raise ValueError(f"before and after must have the same layers, got {', '.join(map(repr, other))} in one alone")
+    layers = {}
+    for name, first in before.items():
+        weights = [affine.weight.detach().double().cpu() for affine in (first, after[name])]
+        if weights[0].shape != weights[1].shape:
+            shapes = " and ".join(str(tuple(weight.shape)) for weight in weights)
+            raise ValueError(f"{name!r} must have the same channels before and after, got {shapes}")
+        layers[name] = float(weights[1].mean() - weights[0].mean())
+    return WeightShift(layers, sum(layers.values()) / len(layers))
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a network says of examples.
+
+    Attributes:
+        logits: (N, K), on the CPU.
+        labels: (N,), int64, on the CPU.
+    """
+
+    logits: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+
+    @property
+    def confidence(self) -> Tensor:
+        """The largest probability of each example, (N,), in [0, 1]."""
+        return self.logits.double().softmax(1).amax(1)
+
+    @property
+    def loss(self) -> Tensor:
+        """The cross-entropy of each example, (N,), in float64."""
+        return F.cross_entropy(self.logits.double(), self.labels, reduction="none")
+
+    @property
+    def error(self) -> float:
+        """The share of misclassified examples, in percent."""
+        return percent(self.logits.argmax(1) != self.labels)
+
+
+def outputs(
+    model: nn.Module,
+    data: Data,
+    *,
+    attack: Any = None,
+    batch_size: int = 250,
+    max_examples: int | None = None,
+    seed: int = 0,
+    engine: Engine | EngineLike = "fast",
+) -> Outputs:
+    """Runs a model in evaluation mode on clean or adversarial examples, and keeps its logits; changes nothing.
+
+    Unlike :func:`bnsurgery.evaluate` this attacks every example, those that are misclassified already included, so that
+    the loss under attack is that of the whole set.
+
+    Args:
+        model: maps inputs to logits (N, K).
+        data: an iterable of ``(x, y)`` batches, or one pair of tensors: inputs (N, ...) and labels (N,). The data is
+            held in memory.
+        attack: a :class:`bnsurgery.PGD`, a torchattacks or AutoAttack object, or a callable ``attack(model, x, y)``;
+            ``None``: clean examples.
+        batch_size: examples run at once.
+        max_examples: use the first so many examples.
+        seed: seeds the attack.
+        engine: as for :func:`bnsurgery.evaluate`: what attacks run on. Logits are the model's own.
+
+    Returns:
+        Logits and labels; confidence, cross-entropy and error follow from them.
+
+    Raises:
+        ValueError: no data, wrong shapes, labels or inputs out of range, an argument out of range.
+        TypeError: ``attack`` is none.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
+        >>> x, y = torch.rand(8, 3, 2, 2), torch.arange(8)
+        >>> clean, adversarial = outputs(model, (x, y)), outputs(model, (x, y), attack=PGD(eps=0.1))
+        >>> bool(adversarial.loss.mean() > clean.loss.mean())
+        True
+    """
+    for name, value in (("batch_size", batch_size), ("max_examples", max_examples)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if attack is not None:
+        check_attack(attack)
+    switches, root = chosen_engine(engine), unwrap(model)
+    with global_state(device_of(root)):
+        x, y = gather(data, batch_size, max_examples)
+    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), x.dtype)
+    if (dtype, x.dtype) != (torch.float32, torch.float32):
+        root = InPixels(root, dtype, None, None)
+        x = x.float()
+    kept = keeping_memory(device_of(root), wanted=switches is not None and switches.keep_memory)
+    with attacking(root), torch.autocast(device_of(root).type, enabled=False), kept:
+        copies = None if switches is None else Replicas(root, switches, dtype=None, compile=False)
+        run = Run(root, x, y, batch_size, copies)
+        generator = torch.Generator().manual_seed(seed)
+        logits = []
+        for rows in torch.split(torch.arange(len(y)), batch_size):
+            made = x[rows] if attack is None else run.craft(attack, rows, generator)
+            logits.append(run.logits(rows, made))
+    return Outputs(torch.cat(logits), y)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of values between edges.
+
+    Attributes:
+        edges: B + 1 ascending numbers; each bin holds its lower edge, the last one its upper edge too.
+        counts: B counts.
+        outside: values below the first edge or above the last.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    outside: int = 0
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of all values that each bin holds, in percent."""
+        total = sum(self.counts) + self.outside
+        return tuple(100 * count / total if total else 0.0 for count in self.counts)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; ``Histogram(**record)`` reads them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def histogram(values: Tensor, *, bins: int = 40, bounds: tuple[float, float] | None = None) -> Histogram:
+    """Counts values in bins of equal width; changes nothing.
+
+    Args:
+        values: any shape, at least one, finite.
+        bins: how many, at least 1.
+        bounds: the first edge and the last; by default the smallest value and the largest.
+
+    Returns:
+        Edges and counts; values outside the bounds are counted apart.
+
+    Raises:
+        ValueError: there is no value, one is not finite, or an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> histogram(torch.tensor([0.1, 0.2, 0.9, 3.0]), bins=2, bounds=(0.0, 1.0))
+        Histogram(edges=(0.0, 0.5, 1.0), counts=(2, 1), outside=1)
+    """
+    flat = values.detach().double().cpu().flatten()
+    finite = int(torch.isfinite(flat).sum())
+    if not len(flat) or finite < len(flat):
+        raise ValueError(f"values must be finite and at least one, got {len(flat)}, {finite} of them finite")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    low, high = bounds if bounds is not None else (float(flat.min()), float(flat.max()))
+    if bounds is None and low == high:
+        low, high = low - 0.5, high + 0.5
+    if not low < high:
+        raise ValueError(f"bounds must be (low, high) with low < high, got {bounds}")
+    edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+    counts = torch.histogram(flat, edges).hist
+    inside = [int(count) for count in counts]
+    return Histogram(tuple(edges.tolist()), tuple(inside), len(flat) - sum(inside))
