@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from bnsurgery import MissingExtraError
 from examples.walter import checks, choosing, data, evaluating, figures, planning, tables, training
 from examples.walter.files import Folder, Problem, read_json, write
 from examples.walter.results import Results
@@ -185,9 +186,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = arguments(argv)
         return COMMANDS[args.command](args, began)
-    except Problem as problem:
+    except (Problem, MissingExtraError) as problem:
         print(f"walter: error: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("walter: interrupted; the same command goes on from the last epoch", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from bnsurgery import Evaluation, evaluate
-from examples.walter.files import origin, read_json, write_json
+from examples.walter.files import Problem, origin, read_json, write_json
 from examples.walter.rows import CHOICES, EPS, ROWS, Row
 from examples.walter.training import Scale, Session, finished, initial, require_same, tune
 
@@ -28,8 +28,6 @@ def choose(session: Session, key: str) -> str:
     epochs = EPOCHS if whole else 1
     images = session.images.held_out(held, training)
     if row.start is not None and finished(session, row.start) is None:
-        from examples.walter.files import Problem
-
         raise Problem(f"{key} starts from {row.start}, which is not trained yet: train {row.start} first")
     folder.make()
     lines = [f"{'setting':40} clean error  robust error (PGD-20)"]
@@ -41,18 +39,14 @@ def choose(session: Session, key: str) -> str:
         if path.exists():
             record = read_json(path)
             require_same(path, record, configuration)
-        elif session.over:
+        elif not session.fits(0.0):
             break
         else:
-            record = one(replace_deadline(session), chosen, images, configuration)
+            record = one(replace(session, deadline=None), chosen, images, configuration)
+            session.worked = True
             write_json(path, record)
         lines.append(f"{name:40} {record['clean_error']:11.2f}  {record['robust_error']:12.2f}")
     return "\n".join(lines)
-
-
-def replace_deadline(session: Session) -> Session:
-    """A session that finishes what it has begun."""
-    return replace(session, deadline=None)
 
 
 def one(session: Session, row: Row, images: Any, configuration: dict[str, Any]) -> dict[str, Any]:

@@ -49,8 +49,6 @@ def evaluate_row(session: Session, key: str) -> bool:
         return True
     if finished(session, key) is None:
         raise Problem(f"{key} is not trained yet: train it first")
-    if session.over:
-        return False
     session.folder.make()
     model = network(session, key)
     chunks = autoattack(session, key, model)
@@ -86,9 +84,9 @@ def autoattack(session: Session, key: str, model: ResNet) -> list[dict[str, Any]
         require_same(path, record, settings(session, key))
         chunks = record["chunks"]
     for start in starts[len(chunks) :]:
-        longest = max((chunk["seconds"] for chunk in chunks), default=0.0)
-        if session.left is not None and session.left <= longest:
+        if not session.fits(max((chunk["seconds"] for chunk in chunks), default=0.0)):
             return None
+        session.worked = True
         began = time.perf_counter()
         data = x[start : start + scale.chunk], y[start : start + scale.chunk]
         found = attacked(session, model, data, "autoattack")

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from examples.walter.results import Results
-from examples.walter.rows import ROWS, Row
-from examples.walter.training import Session
-
-
-def passes(session: Session, row: Row) -> int:
-    """Passes through the network that training a row takes, forward or backward, for one image."""
-    attack = row.attack()
-    return session.scaled(row).epochs * (3 + (0 if attack is None else 2 * attack.steps))
+from examples.walter.rows import ROWS
+from examples.walter.training import Session, finished, passes, seconds_a_pass
 
 
 def remaining(session: Session) -> str:
     """One line about what is left to do."""
     results = Results(session.folder)
-    trained = {key: record for key in ROWS if (record := results.training(key)) is not None}
     measured = {key: record for key in ROWS if (record := results.evaluation(key)) is not None}
-    left = sum(passes(session, row) for key, row in ROWS.items() if key not in trained)
-    count = f"{len(ROWS) - len(measured)} of {len(ROWS)} rows are left"
-    if not trained or not measured:
-        return f"{count}; no estimate before the first is done"
-    pace = sum(record["seconds"] for record in trained.values()) / sum(passes(session, ROWS[key]) for key in trained)
+    count = len(ROWS) - len(measured)
+    pace = seconds_a_pass(session)
+    if pace is None or not measured:
+        return f"{count} of {len(ROWS)} rows are left; no estimate before the first is done"
+    left = [session.scaled(row) for key, row in ROWS.items() if finished(session, key) is None]
     each = sum(record["seconds"] for record in measured.values()) / len(measured)
-    seconds = pace * left + each * (len(ROWS) - len(measured))
-    return f"{count}, about {_span(seconds)} by the pace so far"
+    seconds = pace * sum(row.epochs * passes(row) for row in left) + each * count
+    return f"{count} of {len(ROWS)} rows are left, about {_span(seconds)} by the pace so far"
 
 
 def _span(seconds: float) -> str:

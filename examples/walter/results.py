@@ -77,7 +77,10 @@ class Results:
         return Estimate(error, 100 * math.sqrt(share * (1 - share) / count))
 
     def more_robust(self, row: str, than: str) -> Estimate:
-        """By how many points a row's robust error is below another's; its standard error is that of pairs of examples."""
+        """By how many points a row's robust error is below another's, on the same examples.
+
+        The standard error is that of pairs: of examples that one of the two holds and the other does not.
+        """
         pairs = list(zip(self.held(row), self.held(than), strict=True))
         won, lost = (sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
         # One more each way: with no pair that differs, as for two rows that are broken wholly, it would be 0.

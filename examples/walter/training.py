@@ -53,6 +53,7 @@ class Session:
         scale: how much is done.
         device: where.
         deadline: in ``time.monotonic()``'s seconds; None: there is none.
+        worked: whether anything has been done before it; what would end too late is begun only where nothing has.
         progress: whether progress bars are shown.
     """
 
@@ -62,16 +63,17 @@ class Session:
     device: torch.device
     deadline: float | None = None
     progress: bool = True
+    worked: bool = False
+
+    def fits(self, seconds: float) -> bool:
+        """Whether to begin something that takes about so long."""
+        left = self.left
+        return left is None or (left > 0 and (left >= seconds or not self.worked))
 
     @property
     def left(self) -> float | None:
         """Seconds until the deadline, below 0 behind it; None: there is none."""
         return None if self.deadline is None else self.deadline - time.monotonic()
-
-    @property
-    def over(self) -> bool:
-        """Whether the deadline is behind us."""
-        return self.left is not None and self.left <= 0
 
     def scaled(self, row: Row) -> Row:
         """The row with as many epochs as are made here."""
@@ -117,7 +119,7 @@ def network(session: Session, key: str) -> ResNet:
     """
     model = resnet20(session.folder.width)
     load_weights(model, session.folder.weights(key))
-    return model.to(session.device, memory_format=torch.channels_last)
+    return model.to(session.device).to(memory_format=torch.channels_last)
 
 
 def initial(session: Session, row: Row) -> ResNet:
@@ -126,7 +128,7 @@ def initial(session: Session, row: Row) -> ResNet:
         model = network(session, row.start)
     else:
         torch.manual_seed(session.folder.seed)
-        model = resnet20(session.folder.width).to(session.device, memory_format=torch.channels_last)
+        model = resnet20(session.folder.width).to(session.device).to(memory_format=torch.channels_last)
         if row.gamma == "uniform":
             for layer in bn_layers(model).values():
                 torch.nn.init.uniform_(layer.weight)
@@ -163,8 +165,9 @@ def train(session: Session, key: str) -> bool:
     """
     if finished(session, key) is not None:
         return True
-    if session.over:
+    if not session.fits(seconds_an_epoch(session, ROWS[key])):
         return False
+    session.worked = True
     row, folder = session.scaled(ROWS[key]), session.folder
     if row.start is not None and finished(session, row.start) is None:
         raise Problem(f"{key} starts from {row.start}, which is not trained yet: train {row.start} first")
@@ -195,6 +198,24 @@ def train(session: Session, key: str) -> bool:
         },
     )
     return True
+
+
+def passes(row: Row) -> int:
+    """Passes through the network, forward or backward, that a training image takes in an epoch."""
+    attack = row.attack()
+    return 3 + (0 if attack is None else 2 * attack.steps)
+
+
+def seconds_a_pass(session: Session) -> float | None:
+    """Of the training set through the network, by the rows that are trained; None where none is."""
+    records = {key: record for key in ROWS if (record := finished(session, key)) is not None}
+    made = sum(passes(ROWS[key]) * record["configuration"]["epochs"] for key, record in records.items())
+    return sum(record["seconds"] for record in records.values()) / made if made else None
+
+
+def seconds_an_epoch(session: Session, row: Row) -> float:
+    """About how long an epoch takes; 0 where nothing is known."""
+    return (seconds_a_pass(session) or 0.0) * passes(row)
 
 
 def shares(model: ResNet, row: Row) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: it says no configuration")
     differences = [
-        f"{name} was {saved.get(name)!r}, is {configuration.get(name)!r}"
+        _difference(name, saved.get(name), configuration.get(name))
         for name in sorted(saved.keys() | configuration.keys())
         if saved.get(name) != configuration.get(name)
     ]
@@ -73,6 +73,17 @@ def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
             "use another path, or remove the file"
         )
     return state
+
+
+def _difference(name: str, was: Any, now: Any) -> str:
+    """What differs; of long lists the first entries that do."""
+    if isinstance(was, list) and isinstance(now, list) and max(len(was), len(now)) > 2:
+        if len(was) != len(now):
+            return f"{name} had {len(was)} entries, has {len(now)}"
+        apart = [pair for pair in zip(was, now, strict=True) if pair[0] != pair[1]]
+        more = f", and {len(apart) - 1} more" if len(apart) > 1 else ""
+        return f"{name} had {apart[0][0]!r}, has {apart[0][1]!r}{more}"
+    return f"{name} was {was!r}, is {now!r}"
 
 
 def fingerprint(model: nn.Module, trainable: tuple[str, ...]) -> str:
