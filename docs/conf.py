@@ -42,7 +42,7 @@ napoleon_numpy_docstring = False
 doctest_global_setup = """
 import torch
 from bnsurgery import *
-from bnsurgery.plots import plot_errors, plot_normalized_weights
+from bnsurgery.plots import plot_errors, plot_histograms, plot_normalized_weights
 
 torch.set_num_threads(1)
 """

@@ -1,4 +1,4 @@
-"""One of several processes of test_stats: recalibrates on its own share of the data and writes what it found.
+"""One of several processes of test_stats: recalibrates on its own share of the data, agrees on a time, and writes what it found.
 
 Run as ``python ranks.py RANK WORLD STORE OUT``; each process writes ``OUT.RANK``.
 """
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bnsurgery import recalibrate_bn
+from bnsurgery._moments import slowest
 from networks import SHARED, SMALL, Case
 
 CASES = {"small": SMALL, "shared": SHARED}
@@ -37,6 +38,7 @@ def main(rank: int, world: int, store: str, out: str) -> None:
             model = case.build(torch.float64)
             result = recalibrate_bn(model, share(case, rank), estimator=estimator)
             found[name, estimator] = model.state_dict(), result.batches, result.elements
+    found["slowest"] = slowest(10.0 * rank)
     torch.save(found, f"{out}.{rank}")
     dist.barrier()  # who leaves first takes the store along
     dist.destroy_process_group()

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from io import BufferedWriter
 from pathlib import Path
 
 import numpy as np
@@ -474,6 +475,136 @@ def test_max_steps_reads_no_further() -> None:
     assert tune(SMALL.build(), stream(), max_steps=2).steps == 2
 
 
+class Clock:
+    """Stands in for time.perf_counter: each epoch takes as long as it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+    def epoch_of(self, *seconds: float) -> Callable[[EpochRecord, nn.Module], None]:
+        def spend(record: EpochRecord, _: nn.Module) -> None:
+            self.now += seconds[record.epoch]
+
+        return spend
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds", "epochs"),
+    [
+        (29, (10, 10, 10, 10), 2),  # a third one would end at 30
+        (30, (10, 10, 10, 10), 3),
+        (1, (10, 10, 10, 10), 1),  # one in any case
+        (23, (10, 2, 2, 2), 3),  # the longest so far counts: 12 + 10 is in time, 14 + 10 is not
+        (1000, (10, 10, 10, 10), 4),
+    ],
+)
+def test_no_epoch_begins_that_would_end_after_max_seconds(
+    limit: float, seconds: tuple[float, ...], epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    result = tune(SMALL.build(), batches(4, 4), epochs=4, max_seconds=limit, callbacks=[clock.epoch_of(*seconds)])
+    assert len(result.history) == epochs
+    assert result.ended == ("epochs" if epochs == 4 else "max_seconds")
+
+
+def test_a_run_in_pieces_of_max_seconds_equals_one_in_one_go(tmp_path: Path) -> None:
+    whole = noisy_model()
+    expected = tune(whole, augmented(), epochs=4, schedule="cosine")
+    path = tmp_path / "run.pt"
+    ended = []
+    for _ in range(6):
+        torch.manual_seed(len(ended))
+        model = noisy_model()
+        result = tune(model, augmented(), epochs=4, schedule="cosine", checkpoint=path, max_seconds=1e-9)
+        ended.append(result.ended)
+    assert ended == ["max_seconds"] * 3 + ["epochs"] * 3
+    assert values(model) == values(whole)
+    assert [replace(r, seconds=0) for r in result.history] == [replace(r, seconds=0) for r in expected.history]
+
+
+def test_a_callback_that_ends_the_run_counts_before_max_seconds(tmp_path: Path) -> None:
+    options = {"epochs": 3, "checkpoint": tmp_path / "c", "max_seconds": 1e-9}
+    assert tune(SMALL.build(), batches(4), callbacks=[lambda *_: True], **options).ended == "callback"
+    assert tune(SMALL.build(), batches(4), **options).ended == "callback"
+
+
+class Dtypes(nn.Module):
+    """Notes what dtype a convolution gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.logits = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+        self.seen: list[tuple[bool, torch.dtype]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        self.seen.append((self.training, y.dtype))
+        return self.logits(self.bn(y).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("train", ["bn", "all", "bn-stats"])
+def test_step_precision_is_that_of_the_training_steps_forward_pass_alone(train: str) -> None:
+    model, seen = Dtypes(), []
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        seen.append(logits.dtype)
+        return F.cross_entropy(logits, y, reduction="none")
+
+    tune(model, batches(4, 4), train=train, step_precision="bfloat16", engine="plain", loss=loss)
+    assert {dtype for training, dtype in model.seen if training} == {torch.bfloat16}
+    assert {dtype for training, dtype in model.seen if not training} == {torch.float32}
+    assert set(seen) == {torch.float32}
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32, torch.int64}
+
+
+def test_a_step_in_bfloat16_is_the_one_of_torchs_autocast() -> None:
+    model, by_hand = Dtypes(), Dtypes()
+    by_hand.load_state_dict(model.state_dict())
+    data = batches(8, 8)
+    tune(model, data, train="all", attack=None, step_precision="bfloat16", schedule="constant", engine="plain")
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    for x, y in data:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = by_hand(x)
+        optimizer.zero_grad()
+        F.cross_entropy(logits.float(), y).backward()
+        optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, by_hand.state_dict()[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_step_precision_auto_goes_by_the_hardware(
+    fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bnsurgery.engine.fast_bfloat16", lambda device: fast)
+    model = Dtypes()
+    tune(model, batches(4), attack=None, step_precision="auto", engine="plain")
+    assert {found for _, found in model.seen} == {dtype}
+    double = Dtypes().double()
+    tune(double, [(x.double(), y) for x, y in batches(4)], attack=None, step_precision="auto", engine="plain")
+    assert {found for _, found in double.seen} == {torch.float64}
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+def test_inside_the_callers_autocast_weights_train(engine: str) -> None:
+    model, inside = Dtypes(), Dtypes()
+    inside.load_state_dict(model.state_dict())
+    data = batches(8, 8, 8)
+    tune(model, data, train="all", attack=None, lr=0.5, step_precision="bfloat16", engine=engine)
+    with torch.autocast("cpu", torch.bfloat16):
+        tune(inside, data, train="all", attack=None, lr=0.5, engine=engine)
+    difference = (inside.conv.weight - model.conv.weight).abs().max()
+    assert difference < 0.02 * (model.conv.weight.abs().max())
+
+
+def test_a_checkpoint_says_the_precision_of_the_step(tmp_path: Path) -> None:
+    tune(SMALL.build(), batches(4), checkpoint=tmp_path / "c", epochs=2, max_seconds=1e-9)
+    with pytest.raises(CheckpointError, match=r"step was 'None', is 'torch.bfloat16'"):
+        tune(SMALL.build(), batches(4), checkpoint=tmp_path / "c", epochs=2, step_precision="bfloat16")
+
+
 def test_progress_goes_to_standard_error_alone(capsys: pytest.CaptureFixture[str]) -> None:
     tune(SMALL.build(), batches(4, 4), progress=False)
     assert capsys.readouterr() == ("", "")
@@ -860,7 +991,7 @@ def test_a_finished_checkpoint_returns_at_once(tmp_path: Path, ended: str) -> No
         ({"max_steps": 3}, "max_steps was None, is 3"),
         ({"optimizer": adam}, "optimizer was 'SGD', is 'Adam'"),
         ({"train": "bn-params"}, "train was 'bn', is 'bn-params'"),
-        ({"also": "0"}, "trainable was [['1.weight', 8]"),
+        ({"also": "0"}, "trainable: nothing else before, ['0.weight', 8, 3, 3, 3] now"),
         ({"lr": 0.5}, "0.05"),
         ({"momentum": 0.5}, "0.9"),
         ({"weight_decay": 0.5}, "0.0005"),
@@ -896,7 +1027,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     tune(SMALL.build(), batches(4), checkpoint=path)
     model = SHARED.build()
     world = World(model)
-    with pytest.raises(CheckpointError, match="trainable was"):
+    with pytest.raises(CheckpointError, match=r"trainable: \['1.weight', 8\] and \d+ more before, \['"):
         tune(model, batches(4), checkpoint=path)
     assert world.unchanged()
 
@@ -1010,18 +1141,39 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
     path = tmp_path / "c"
     save, calls, written = torch.save, [], []
 
-    def full_disk(state: object, target: object, *rest: object) -> None:
-        calls.append(target)
-        save(state, target, *rest)
+    def full_disk(state: object, target: BufferedWriter, *rest: object) -> None:
+        calls.append(Path(target.name))
         if len(calls) == 2:
-            Path(target).write_bytes(b"half")
+            target.write(b"half")
             raise OSError("No space left on device")
-        written.append(Path(target).read_bytes())
+        save(state, target, *rest)
+        target.flush()
+        written.append(calls[-1].read_bytes())
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
         tune(SMALL.build(), batches(4), checkpoint=path, epochs=3)
-    assert path not in map(Path, map(str, calls))
+    assert path not in calls
+    assert path.read_bytes() == written[0]
+    assert [file.name for file in tmp_path.iterdir()] == ["c"]
+
+
+def test_where_the_disk_takes_no_more_that_is_said_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "c"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    written = []
+
+    def no_more(record: EpochRecord, _: nn.Module) -> None:
+        if record.epoch == 1:
+            written.append(path.read_bytes())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(written[0]) // 2, before[1]))
+
+    try:
+        with pytest.raises(OSError, match="File too large"):  # of which torch.save itself says nothing
+            tune(SMALL.build(), batches(4), checkpoint=path, epochs=3, callbacks=[no_more])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_bytes() == written[0]
     assert [file.name for file in tmp_path.iterdir()] == ["c"]
 
@@ -1123,6 +1275,13 @@ BATCH = "data must yield pairs (x, y) of tensors, got "
         ([{"x": X}], {}, BATCH + "a dict"),
         ([(X, Y)], {"epochs": 0}, "epochs must be at least 1, got 0"),
         ([(X, Y)], {"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ([(X, Y)], {"max_seconds": 0}, "max_seconds must be above 0, got 0"),
+        ([(X, Y)], {"max_seconds": math.nan}, "max_seconds must be above 0, got nan"),
+        (
+            [(X, Y)],
+            {"step_precision": "float16"},
+            "step_precision must be one of 'model', 'auto', 'bfloat16', got 'float16'",
+        ),
         ([(X, Y)], {"clean_fraction": 1.5}, "clean_fraction must lie in [0, 1], got 1.5"),
         ([(X, Y)], {"clean_fraction": -0.1}, "clean_fraction must lie in [0, 1], got -0.1"),
         ([(X, Y)], {"clean_fraction": math.nan}, "clean_fraction must lie in [0, 1], got nan"),

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bnsurgery import MissingExtraError, fold_bn
+from bnsurgery.analysis import histogram
 from bnsurgery.folding import Affine
-from bnsurgery.plots import plot_errors, plot_normalized_weights
+from bnsurgery.plots import plot_errors, plot_histograms, plot_normalized_weights
 from networks import SMALL
 
 
@@ -48,6 +49,27 @@ def test_errors_are_drawn_over_the_epochs() -> None:
 def test_a_curve_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match=r"errors\['clean'\] must have 2 values, one for each epoch, got 1"):
         plot_errors([0, 1], {"clean": [9.0]})
+
+
+def test_histograms_are_outlines_in_percent_of_their_own_values() -> None:
+    found = {
+        "NORMAL": histogram(torch.tensor([0.1, 0.2, 0.9, 5.0]), bins=2, bounds=(0, 1)),
+        "ADV": histogram(torch.tensor([0.9]), bins=2, bounds=(0, 1)),
+    }
+    ax = plot_histograms(found, xlabel="confidence")
+    normal, adv = ax.patches
+    assert normal.get_data().values.tolist() == [50, 25]
+    assert normal.get_data().edges.tolist() == [0, 0.5, 1]
+    assert adv.get_data().values.tolist() == [0, 100]
+    assert normal.get_linestyle() != adv.get_linestyle()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["NORMAL", "ADV"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("confidence", "share of values (%)")
+    assert plot_histograms(found, xlabel="logit", ax=ax) is ax
+
+
+def test_no_histogram_is_refused() -> None:
+    with pytest.raises(ValueError, match="histograms must hold at least one, got none"):
+        plot_histograms({}, xlabel="gamma")
 
 
 def test_given_axes_are_drawn_into() -> None:

@@ -1073,6 +1073,7 @@ def test_the_moments_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     results = [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(2)]
+    assert [result["slowest"] for result in results] == [10.0, 10.0]
     for name, case in ranks.CASES.items():
         for estimator in ("pooled", "exact"):
             model = case.build(F64)

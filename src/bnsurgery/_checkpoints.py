@@ -76,14 +76,17 @@ def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
 
 
 def _difference(name: str, was: Any, now: Any) -> str:
-    """What differs; of long lists the first entries that do."""
-    if isinstance(was, list) and isinstance(now, list) and max(len(was), len(now)) > 2:
-        if len(was) != len(now):
-            return f"{name} had {len(was)} entries, has {len(now)}"
-        apart = [pair for pair in zip(was, now, strict=True) if pair[0] != pair[1]]
-        more = f", and {len(apart) - 1} more" if len(apart) > 1 else ""
-        return f"{name} had {apart[0][0]!r}, has {apart[0][1]!r}{more}"
+    """What differs: of what trains, which may be long, the entries that only one of the two has."""
+    if name == "trainable" and isinstance(was, list):
+        return f"{name}: {_some(was, now)} before, {_some(now, was)} now"
     return f"{name} was {was!r}, is {now!r}"
+
+
+def _some(these: list[Any], others: list[Any]) -> str:
+    """The first entry that is not among the others, and how many more there are."""
+    alone = [entry for entry in these if entry not in others]
+    more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+    return f"{alone[0]!r}{more}" if alone else "nothing else"
 
 
 def fingerprint(model: nn.Module, trainable: tuple[str, ...]) -> str:
