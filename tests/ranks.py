@@ -1,4 +1,4 @@
-"""One of several processes of test_stats: recalibrates on its own share of the data, agrees on a time, and writes what it found.
+"""One of several processes of test_stats: recalibrates on its share of the data, agrees on a time, and writes both.
 
 Run as ``python ranks.py RANK WORLD STORE OUT``; each process writes ``OUT.RANK``.
 """

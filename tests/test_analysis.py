@@ -100,7 +100,7 @@ def test_every_example_is_attacked_and_nothing_changes(kind: str, engine: str) -
     assert bool((under.loss > clean.loss).all())
     wrong = clean.logits.argmax(1) != y
     assert bool(wrong.any())  # evaluate would have left these alone
-    assert under.error > clean.error
+    assert under.error >= clean.error
 
 
 def test_the_seed_decides_and_batches_and_max_examples_are_kept_to() -> None:

@@ -62,7 +62,8 @@ def weights(results: Results) -> Figure:
     names = list(found[ROWS[SHOWN[0]].name])
     for ax, name in zip(figure.subplots(2, 2).flat, names, strict=True):
         together = torch.cat([values[name] for values in found.values()]).double()
-        bounds = (float(together.min()), float(together.max()))
+        edges = histogram(together, bins=12).edges
+        bounds = (edges[0], edges[-1])
         same = {row: histogram(values[name], bins=12, bounds=bounds) for row, values in found.items()}
         plot_histograms(same, xlabel=f"{name}, BN layer {LAYER}", ax=ax)
         ax.set_ylabel("share of channels (%)")

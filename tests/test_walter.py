@@ -1,0 +1,717 @@
+"""The reproduction of Walter, Stutz and Schiele: rows, commands, what is kept, checks, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from examples.resnet import resnet20
+from examples.walter import __main__ as walter
+from examples.walter import checks, data, evaluating, figures, planning, tables, training
+from examples.walter.files import Folder, Problem
+from examples.walter.results import Estimate, Results
+from examples.walter.rows import CHOICES, ROWS, needed, table
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnsurgery import evaluate, fold_bn, save_bn_patch
+
+TINY = training.Scale(batch_size=16, most_epochs=1, training=48, clean=(8, 24), robust=8, chunk=4)
+PAPER = {
+    "NORMAL": (4.11, 99.8),
+    "NORMAL +BN ONLY": (46.11, 99.7),
+    "NORMAL +BN ONLY +log+conv1": (35.89, 99.6),
+    "ADV": (17.67, 58.4),
+    "ADV +BN ONLY": (43.33, 98.0),
+    "ADV +BN ONLY +log+conv1": (35.22, 98.1),
+    "BN STATS (no reset)": (6.44, 99.9),
+    "BN STATS (reset)": (6.33, 99.6),
+    "BN ONLY PARAMS": (77.11, 85.3),
+    "BN PARAMS": (29.67, 70.5),
+    "BN PARAMS +log+conv1": (26.89, 68.2),
+}
+
+
+@pytest.fixture(scope="module")
+def images() -> data.Images:
+    return data.read(None)
+
+
+def session(images: data.Images, root: Path, **options: Any) -> training.Session:
+    given: dict[str, Any] = {"scale": TINY, "device": torch.device("cpu"), "progress": False}
+    return training.Session(Folder(root, 2, 0), images, **given | options)
+
+
+# The rows.
+
+
+def test_the_eleven_rows_are_those_of_table_2() -> None:
+    assert {row.name: row.paper for row in table().values()} == PAPER
+    assert list(table())[:1] == ["normal"]
+
+
+def test_every_row_comes_after_its_start() -> None:
+    for number, row in enumerate(ROWS.values()):
+        assert row.start is None or row.start in list(ROWS)[:number]
+    assert needed(["bn-stats-log"]) == ["normal", "bn-stats", "bn-stats-log"]
+    assert needed(["adv"]) == ["adv"]
+    assert set(CHOICES) < set(ROWS)
+
+
+def test_the_attack_is_the_papers_and_smaller_radii_take_smaller_steps() -> None:
+    attack = ROWS["adv"].attack()
+    assert attack is not None
+    assert (attack.eps, attack.steps, attack.step_size, attack.best) == (8 / 255, 10, 0.007, True)
+    small = ROWS["bn-stats-eps2"].attack()
+    assert small is not None
+    assert (small.eps, small.step_size) == pytest.approx((2 / 255, 0.00175))
+    assert ROWS["normal"].attack() is None
+
+
+BN = {"norm1.weight", "norm1.bias"}
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def changes(key: str, model: nn.Module) -> set[str]:
+    """The entries of the state_dict that a row is to change, written out by what Table 1 says of it."""
+    everything = set(model.state_dict()) - {"whiten.mean", "whiten.std"}
+    of_bn = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    statistics = {f"{name}.{part}" for name in of_bn for part in STATISTICS}
+    parameters = {f"{name}.{part}" for name in of_bn for part in ("weight", "bias")}
+    ends = {"conv1.weight", "logits.weight", "logits.bias"}
+    if key in ("normal", "adv"):
+        return everything
+    if key == "bn-only-params":
+        return parameters
+    if key == "bn-stats-log":
+        return statistics | {"logits.weight", "logits.bias"}
+    if key.startswith("bn-stats"):
+        return statistics
+    return statistics | parameters | (ends if key.endswith("log-conv1") else set())
+
+
+@pytest.fixture(scope="module")
+def trained(images: data.Images, tmp_path_factory: pytest.TempPathFactory) -> training.Session:
+    """All rows, trained for a few steps at width 2."""
+    made = session(images, tmp_path_factory.mktemp("walter"))
+    assert all(training.train(made, key) for key in ROWS)
+    return made
+
+
+@pytest.mark.parametrize("key", ROWS)
+def test_a_row_changes_what_it_trains_and_nothing_else(key: str, trained: training.Session) -> None:
+    start = training.initial(trained, ROWS[key]).state_dict()
+    if ROWS[key].reset:
+        start = training.network(trained, str(ROWS[key].start)).state_dict()
+    after = load_file(trained.folder.weights(key))
+    changed = {name for name in start if not torch.equal(start[name], after[name])}
+    counters = {name for name in start if name.endswith("num_batches_tracked") and ROWS[key].reset}
+    assert changed - counters == changes(key, resnet20(2)) - counters
+
+
+def test_a_reset_leaves_only_what_was_seen_since(trained: training.Session) -> None:
+    steps = TINY.training // TINY.batch_size
+    counts = {key: load_file(trained.folder.weights(key))["norm1.num_batches_tracked"].item() for key in ROWS}
+    assert counts["normal"] == counts["bn-stats-reset"] == steps
+    assert counts["bn-stats"] == 2 * steps
+
+
+@pytest.mark.parametrize("key", ROWS)
+def test_a_record_says_what_it_was_made_with(key: str, trained: training.Session) -> None:
+    record = json.loads(trained.folder.record(key, "train").read_text("utf-8"))
+    assert record["row"] == ROWS[key].name
+    assert record["command"].startswith("python -m examples.walter")
+    assert record["seed"] == 0
+    assert record["versions"].keys() >= {"bnsurgery", "torch", "torchvision", "numpy", "python"}
+    assert record["seconds"] > 0
+    assert record["hardware"]
+    assert "commit" in record
+    assert record["configuration"]["width"] == 2
+    names = changes(key, resnet20(2)) & {name for name, _ in resnet20(2).named_parameters()}
+    count = sum(parameter.numel() for name, parameter in resnet20(2).named_parameters() if name in names)
+    assert record["trains"]["parameters"] == record["trains"]["with_weight_decay"] == count
+
+
+def test_table_1_at_the_papers_width() -> None:
+    assert training.shares(resnet20(64), ROWS["bn-params"])["percent"] == pytest.approx(100 * 6272 / 4_327_754)
+    text = tables.parameters(16)
+    assert "| BN PARAMS | NORMAL | gamma, beta | updated | adversarial | 1,568 (0.58%) | 6,272 (0.14%) |" in text
+    assert "| BN ONLY PARAMS | NORMAL | gamma, beta | frozen | adversarial |" in text
+    assert "| ADV | random | everything | updated | adversarial |" in text
+
+
+def test_gamma_can_start_as_frankle_et_al_start_it(trained: training.Session) -> None:
+    row = replace(ROWS["normal-bn-only"], gamma="uniform")
+    gammas = torch.cat([m.weight for m in training.initial(trained, row).modules() if isinstance(m, _BatchNorm)])
+    assert 0 < gammas.min() < 0.2
+    assert 0.8 < gammas.max() < 1
+    assert all(
+        (m.weight == 1).all() for m in training.initial(trained, ROWS["adv"]).modules() if isinstance(m, _BatchNorm)
+    )
+
+
+# What is kept.
+
+
+def test_finished_work_is_not_repeated(trained: training.Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "adv_finetune", lambda *_, **__: pytest.fail("trained again"))
+    assert all(training.train(trained, key) for key in ROWS)
+
+
+@pytest.mark.parametrize("key", ["adv", "normal"])
+def test_a_row_in_pieces_equals_one_in_one_go(key: str, images: data.Images, tmp_path: Path) -> None:
+    scale = replace(TINY, most_epochs=3)
+    whole = session(images, tmp_path / "whole", scale=scale)
+    assert training.train(whole, key)
+    done = []
+    while not done or not done[-1]:
+        piece = session(images, tmp_path / "pieces", scale=scale, deadline=time.monotonic() + 0.01)
+        done.append(training.train(piece, key))
+        torch.manual_seed(len(done))
+    assert done == [False, False, True]
+    weights = [load_file(made.folder.weights(key)) for made in (whole, piece)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    histories = [json.loads(made.folder.record(key, "train").read_text())["history"] for made in (whole, piece)]
+    assert [{**r, "seconds": 0} for r in histories[0]] == [{**r, "seconds": 0} for r in histories[1]]
+
+
+def test_behind_the_deadline_nothing_is_begun(images: data.Images, tmp_path: Path) -> None:
+    late = session(images, tmp_path, deadline=time.monotonic() - 1)
+    assert not training.train(late, "normal")
+    assert not any(tmp_path.rglob("*.json"))
+
+
+def test_what_would_end_too_late_is_begun_only_where_nothing_has_been(images: data.Images, tmp_path: Path) -> None:
+    made = session(images, tmp_path, deadline=time.monotonic() + 50)
+    assert made.fits(1000)
+    made.worked = True
+    assert not made.fits(1000)
+    assert made.fits(10)
+    assert session(images, tmp_path, worked=True).fits(math.inf)
+
+
+@pytest.fixture
+def few_attacks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Two parts of AutoAttack stand in for all four, to be quick; notes how many examples each call has."""
+    calls: list[int] = []
+
+    def quick(model: nn.Module, pair: tuple[Tensor, Tensor], *, attacks: Any, **options: Any) -> Any:
+        calls.append(len(pair[1]))
+        attacks = ["apgd-ce", "square"] if attacks == ("autoattack",) else attacks
+        return evaluate(model, pair, attacks=attacks, **options)
+
+    monkeypatch.setattr(evaluating, "evaluate", quick)
+    return calls
+
+
+def test_an_evaluation_is_that_of_the_library(trained: training.Session, few_attacks: list[int]) -> None:
+    assert evaluating.evaluate_row(trained, "adv")
+    record = json.loads(trained.folder.record("adv", "evaluate").read_text("utf-8"))
+    model = training.network(trained, "adv").eval()
+    x, y = trained.images.tests(24)
+    with torch.no_grad():
+        wrong = model(x).argmax(1) != y
+    assert record["clean_error"] == {"8": 100 * wrong[:8].double().mean(), "24": 100 * wrong.double().mean()}
+    found = record["autoattack"]
+    held = [flag == "1" for flag in found["held"]]
+    assert len(held) == found["examples"] == 8
+    assert found["robust_error"] == pytest.approx(100 * (1 - np.mean(held)))
+    share = found["robust_error"] / 100
+    assert found["standard_error"] == pytest.approx(100 * (share * (1 - share) / 8) ** 0.5)
+    assert found["rows"][-1]["robust_error"] == pytest.approx(found["robust_error"])
+    assert not (torch.tensor(held) & wrong[:8]).any()
+    whole = evaluate(model, (x[:8], y[:8]), attacks=["pgd-20"], progress=False)
+    assert record["pgd20"][0]["robust_error"] == whole.robust_error
+    for kind in ("clean", "adversarial"):
+        assert sum(record["histograms"][kind]["confidence"]["counts"]) == 8
+        logits = record["histograms"][kind]["logits"]
+        assert sum(logits["counts"]) + logits["outside"] == 80
+    few_attacks.clear()
+    assert evaluating.evaluate_row(trained, "adv")
+    assert few_attacks == []
+
+
+def test_an_evaluation_goes_on_after_the_examples_that_are_done(
+    images: data.Images, tmp_path: Path, few_attacks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = session(images, tmp_path)
+    assert training.train(made, "normal")
+    attacked = evaluating.attacked
+
+    def to_the_end(*arguments: Any, **options: Any) -> Any:
+        found = attacked(*arguments, **options)
+        made.deadline = time.monotonic() - 1
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluating, "attacked", to_the_end)
+        assert not evaluating.evaluate_row(made, "normal")
+        assert not evaluating.evaluate_row(made, "normal")
+    assert few_attacks == [4]
+    assert not made.folder.record("normal", "evaluate").exists()
+    made.deadline = None
+    assert evaluating.evaluate_row(made, "normal")
+    assert few_attacks[:2] == [4, 4]
+    assert len(few_attacks) == 2 + 1 + len(TINY.robust_eps)  # clean error, and PGD-20 at each radius
+    record = json.loads(made.folder.record("normal", "evaluate").read_text("utf-8"))
+    assert record["autoattack"]["examples"] == 8
+
+
+def test_parts_join_to_the_whole() -> None:
+    def part(examples: int, clean: int, *broken: int) -> dict[str, Any]:
+        tried, rows = examples - clean, []
+        for count in broken:
+            rows.append({"attack": "a", "tried": tried, "broken": count, "rejected": 0, "seconds": 1.0})
+            tried -= count
+        wrong = clean + sum(broken)
+        held = "1" * (examples - wrong) + "0" * wrong
+        return {
+            "examples": examples,
+            "clean_error": 100 * clean / examples,
+            "robust_error": 100 * wrong / examples,
+            "rows": rows,
+            "held": held,
+        }
+
+    joined = evaluating.joined([part(10, 1, 2, 3), part(5, 2, 1, 0)])
+    assert joined["clean_error"] == pytest.approx(100 * 3 / 15)
+    assert joined["robust_error"] == pytest.approx(100 * 9 / 15)
+    assert [row["tried"] for row in joined["rows"]] == [12, 9]
+    assert [row["broken"] for row in joined["rows"]] == [3, 3]
+    assert [row["robust_error"] for row in joined["rows"]] == pytest.approx([40.0, 60.0])
+    assert joined["held"].count("0") == 9
+
+
+# Data.
+
+
+def test_clean_training_has_autoaugment_and_a_hole_and_adversarial_training_has_not(images: data.Images) -> None:
+    few = data.Images((images.train[0][:64], images.train[1][:64]), images.test)
+    cpu = torch.device("cpu")
+    torch.manual_seed(0)
+    clean = list(data.batches(few, adversarial=False, batch_size=32, device=cpu))
+    crops = list(data.batches(few, adversarial=True, batch_size=32, device=cpu))
+    for batches in (clean, crops):
+        assert [tuple(x.shape) for x, _ in batches] == [(32, 3, 32, 32)] * 2
+        assert all(x.dtype == torch.float32 and x.min() >= 0 and x.max() <= 1 for x, _ in batches)
+        labels = torch.cat([y for _, y in batches])
+        assert torch.equal(labels.sort().values, few.train[1].sort().values)
+        assert not torch.equal(labels, few.train[1])
+
+    def hole(image: Tensor) -> bool:
+        return bool((image.unfold(1, 16, 1).unfold(2, 16, 1).abs().amax((0, 3, 4)) == 0).any())
+
+    assert all(hole(image) for x, _ in clean for image in x)
+    assert not any(hole(image) for x, _ in crops for image in x)
+    again = torch.cat([x for x, _ in data.batches(few, adversarial=False, batch_size=32, device=cpu)])
+    assert not torch.equal(torch.cat([x for x, _ in clean]), again)
+
+
+def test_held_out_images_are_none_of_those_trained_on(images: data.Images) -> None:
+    held = images.held_out(100, 50)
+    assert torch.equal(held.train[0], images.train[0][:50])
+    assert torch.equal(held.test[0], images.train[0][-100:])
+    assert len(images.held_out(2750, 500).train[1]) == 50
+
+
+# Results, checks, tables, figures.
+
+
+def held(errors: float, seed: int = 0) -> str:
+    """A thousand flags of which so many percent are 0."""
+    order = np.random.default_rng(seed).permutation(1000)
+    flags = np.ones(1000, dtype=int)
+    flags[order[: round(10 * errors)]] = 0
+    return "".join(map(str, flags))
+
+
+@pytest.fixture
+def as_in_the_paper(tmp_path: Path) -> Results:
+    """Result files that hold the paper's own numbers."""
+    folder = Folder(tmp_path, 2, 0)
+    folder.make()
+    torch.manual_seed(0)
+    model = resnet20(2)
+    errors = {key: row.paper for key, row in table().items()}
+    errors["bn-params-longer"] = (29.0, 70.0)
+    for key, paper in errors.items():
+        assert paper is not None
+        clean, robust = paper
+        put(folder, key, clean, held(robust))
+        with torch.no_grad():
+            for layer in (m for m in model.modules() if isinstance(m, _BatchNorm)):
+                nn.init.normal_(layer.weight, 0.8 if key == "normal" else 0.8 - 0.177, 0.01)
+        save_bn_patch(model, folder.patch(key))
+    return Results(folder)
+
+
+def put(folder: Folder, key: str, clean: float, flags: str) -> None:
+    robust = 100 * flags.count("0") / len(flags)
+    spread = {"edges": [0.0, 0.5, 1.0], "counts": [3, 5], "outside": 0}
+    found = {"robust_error": robust, "standard_error": 1.0}
+    record = {
+        "clean_error": {"900": clean, "1000": clean, "10000": clean},
+        "autoattack": {**found, "held": flags, "examples": len(flags)},
+        "pgd20": [
+            {**found, "eps": eps, "cross_entropy": 2.0, "cross_entropy_standard_error": 0.1}
+            for eps in training.FULL.robust_eps
+        ],
+        "histograms": {kind: {"confidence": spread, "logits": spread} for kind in ("clean", "adversarial")},
+    }
+    folder.record(key, "evaluate").write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_the_papers_own_numbers_pass_every_check(as_in_the_paper: Results) -> None:
+    made = [*checks.checks(as_in_the_paper), checks.settled(as_in_the_paper)]
+    assert [str(check) for check in made if not check.holds] == []
+    assert len(made) == 13
+
+
+@pytest.mark.parametrize(
+    ("key", "clean", "robust", "finding"),
+    [
+        ("bn-stats", 6, 90, "statistics alone give nothing"),
+        ("bn-stats-reset", 6, 90, "statistics alone give nothing"),
+        ("bn-params", 30, 95, "parameters and statistics together give a lot"),
+        ("bn-only-params", 77, 65, "parameters alone give less"),
+        ("bn-only-params", 35, 85, "parameters alone, at a ruinous clean error"),
+        ("normal-bn-only", 46, 90, "random features give next to nothing"),
+        ("normal-bn-only-log-conv1", 46, 90, "random features give next to nothing"),
+        ("adv-bn-only", 46, 90, "random features give next to nothing"),
+        ("adv-bn-only-log-conv1", 46, 90, "random features give next to nothing"),
+        ("adv", 18, 75, "ADV is the most robust"),
+        ("bn-params-log-conv1", 27, 60, "+log+conv1 helps little"),
+        ("bn-params-longer", 29, 67, "BN PARAMS has settled"),
+    ],
+)
+def test_each_check_can_fail(as_in_the_paper: Results, key: str, clean: float, robust: float, finding: str) -> None:
+    put(as_in_the_paper.folder, key, clean, held(robust))
+    failed = [c for c in [*checks.checks(as_in_the_paper), checks.settled(as_in_the_paper)] if not c.holds]
+    assert finding in {check.finding for check in failed}
+    assert all(check.margin < 0 and str(check).startswith("FAILS") for check in failed)
+
+
+def test_the_check_of_the_normalized_weights_can_fail(as_in_the_paper: Results) -> None:
+    folder = as_in_the_paper.folder
+    folder.patch("bn-params").write_bytes(folder.patch("normal").read_bytes())
+    failed = {check.finding for check in checks.checks(as_in_the_paper) if not check.margin > 0}
+    assert failed == {"the mean normalized weight falls"}
+
+
+def test_check_exits_with_1_where_one_fails(as_in_the_paper: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = as_in_the_paper.folder
+    command = ["check", "--out", str(folder.root), "--width", "2"]
+    assert walter.main(command) == 0
+    assert "FAILS" not in capsys.readouterr().out
+    put(folder, "adv", 18, held(75))
+    assert walter.main(command) == 1
+    assert "FAILS  ADV is the most robust" in capsys.readouterr().out
+
+
+def test_the_difference_of_two_rows_is_judged_by_pairs(as_in_the_paper: Results) -> None:
+    folder = as_in_the_paper.folder
+    first, second = held(70, seed=1), held(60, seed=2)
+    put(folder, "adv", 18, second)
+    put(folder, "bn-params", 30, first)
+    found = as_in_the_paper.more_robust("adv", "bn-params")
+    pairs = np.array([int(b) - int(a) for a, b in zip(first, second, strict=True)])
+    assert found.value == pytest.approx(10.0)
+    assert found.error == pytest.approx(100 * pairs.std() / math.sqrt(1000), rel=0.01)
+    put(folder, "adv", 18, first)
+    same = as_in_the_paper.more_robust("adv", "bn-params")
+    assert same.value == 0
+    assert 0 < same.error < 0.2
+
+
+def test_a_margin_is_a_distance_in_standard_errors() -> None:
+    assert Estimate(12.0, 0.5).beyond(10.0) == 4.0
+    assert Estimate(1.0, 0.0).beyond(2.0) == -math.inf
+
+
+def test_clean_error_is_that_of_the_most_images(as_in_the_paper: Results) -> None:
+    found = as_in_the_paper.clean("adv")
+    assert found.value == 17.67
+    assert found.error == pytest.approx(100 * math.sqrt(0.1767 * 0.8233 / 10_000), rel=0.01)
+
+
+def test_tables_show_ours_beside_the_papers_and_what_is_pending(as_in_the_paper: Results) -> None:
+    text = tables.everything(as_in_the_paper)
+    assert "| ADV | 17.67 | 17.67 | 17.67 | 58.4 ± 1.0 | 58.4 ± 1.0 | 17.67 | 58.4 |" in text
+    as_in_the_paper.folder.record("adv", "evaluate").unlink()
+    text = tables.everything(as_in_the_paper)
+    assert "| ADV | pending | pending | pending | pending | pending | 17.67 | 58.4 |" in text
+    assert "| 2/255 | 2.00 ± 0.10 | 99.8 ± 1.0 | pending | pending |" in text
+
+
+def test_the_figures_show_the_eighth_layer_the_means_and_the_outputs(as_in_the_paper: Results) -> None:
+    first = figures.weights(as_in_the_paper)
+    assert [ax.get_xlabel() for ax in first.axes] == [
+        f"{name}, BN layer 8" for name in ("gamma", "beta", "normalized weight m", "normalized bias b")
+    ]
+    model = resnet20(2)
+    names = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    assert names[7] == "stages.1.0.norm1"
+    assert [len(ax.patches) for ax in first.axes] == [3] * 4
+    (ax,) = figures.means(as_in_the_paper).axes
+    before, after = (as_in_the_paper.folded(key) for key in ("normal", "bn-params"))
+    shift = np.mean([float(after[name].weight.mean() - before[name].weight.mean()) for name in before])
+    assert f"{shift:+.3f} on average" in ax.get_title()
+    assert ax.get_lines()[0].get_ydata() == pytest.approx([float(a.weight.mean()) for a in before.values()])
+    third = figures.predictions(as_in_the_paper)
+    assert [ax.get_xlabel() for ax in third.axes] == [
+        f"{what}, {kind} examples" for what in ("confidence", "logit") for kind in ("clean", "adversarial")
+    ]
+    for figure in (first, third):
+        for ax in figure.axes:
+            assert [text.get_text() for text in ax.get_legend().get_texts()] == ["NORMAL", "ADV", "BN PARAMS"]
+            assert ax.get_ylabel().endswith("(%)")
+
+
+def test_a_network_with_a_rows_patch_folds_to_what_the_row_has(trained: training.Session) -> None:
+    folded = Results(trained.folder).folded("bn-params")
+    expected = fold_bn(training.network(trained, "bn-params"))
+    assert all(torch.equal(folded[name].weight, expected[name].weight) for name in expected)
+    assert all(torch.equal(folded[name].bias, expected[name].bias) for name in expected)
+
+
+# Commands.
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "QUICK", TINY)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_all_runs_every_row_in_order_and_then_has_nothing_to_do(
+    here: Path, few_attacks: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["all", "--quick", "--width", "2"]
+    assert walter.main([*command, "--budget", "0.0001"]) == 0
+    assert "stopped at the budget in normal; the same command goes on from there" in capsys.readouterr().out
+    assert walter.main(command) == 0
+    printed = capsys.readouterr().out
+    assert [line.split("] ")[1].split(";")[0] for line in printed.splitlines() if line.startswith("[")] == [
+        row.name for row in ROWS.values()
+    ]
+    assert "no estimate before the first is done" in printed
+    assert "[16 of 16] BN PARAMS, twice the epochs; 1 of 16 rows are left, about " in printed
+    made = contents(here)
+    folder = here / "runs" / "walter-quick" / "w2-seed0"
+    assert {path.name for path in folder.glob("*.png")} == {"figure1.png", "figure2.png", "figure3.png"}
+    assert len(list(folder.glob("*.json"))) == 2 * len(ROWS)
+    monkeypatch.setattr(training, "adv_finetune", lambda *_, **__: pytest.fail("trained again"))
+    few_attacks.clear()
+    assert walter.main(command) == 0
+    assert few_attacks == []
+    now = contents(here)
+    assert {path for path in made if made[path] != now[path]} <= {*folder.glob("*.png"), folder / "table.md"}
+
+
+def test_train_makes_the_start_first_and_evaluate_takes_what_is_trained(
+    here: Path, few_attacks: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--quick", "--width", "2"]
+    assert walter.main(["evaluate", "bn-params", *options]) == 2
+    assert "bn-params is not trained yet: train it first" in capsys.readouterr().err
+    assert walter.main(["train", "bn-params", *options]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["normal", "bn-params"]
+    assert walter.main(["evaluate", "bn-params", *options]) == 0
+    assert "AutoAttack" in capsys.readouterr().out
+
+
+def test_choose_compares_settings_on_left_out_training_images(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CHOICES, "normal-bn-only", ({"lr": 0.1, "gamma": "one"}, {"lr": 0.2, "gamma": "uniform"}))  # type: ignore[arg-type]
+    assert walter.main(["choose", "normal-bn-only", "--quick", "--width", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "lr0.1-gammaone" in printed
+    assert "lr0.2-gammauniform" in printed
+    record = json.loads(
+        (here / "runs/walter-quick/w2-seed0/normal-bn-only-lr0.1-gammaone.choose.json").read_text("utf-8")
+    )
+    assert record["configuration"]["held_out"] == 64
+    assert record["configuration"]["lr"] == 0.1
+    made = contents(here)
+    assert walter.main(["choose", "normal-bn-only", "--quick", "--width", "2"]) == 0
+    assert capsys.readouterr().out == printed
+    assert contents(here) == made
+
+
+Spoil = Callable[[Folder], object]
+
+
+def cut_short(folder: Folder) -> None:
+    path = folder.record("normal", "train")
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def other_width(folder: Folder) -> None:
+    save_file(resnet20(4).state_dict(), folder.weights("normal"))
+
+
+def other_settings(folder: Folder) -> None:
+    path = folder.record("normal", "train")
+    record = json.loads(path.read_text("utf-8"))
+    record["configuration"]["lr"] = 0.5
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def no_result(folder: Folder) -> None:
+    folder.record("normal", "train").write_text("[]", encoding="utf-8")
+
+
+def damaged_weights(folder: Folder) -> None:
+    folder.weights("normal").write_bytes(b"nothing")
+
+
+def missing_weights(folder: Folder) -> None:
+    folder.weights("normal").unlink()
+
+
+def damaged_checkpoint(folder: Folder) -> None:
+    folder.work("bn-params.checkpoint").write_bytes(b"nothing")
+
+
+def checkpoint_of_another_width(folder: Folder) -> None:
+    other = Folder(folder.root, 4, 0)
+    assert walter.main(["train", "bn-params", "--quick", "--width", "4"]) == 0
+    folder.work("bn-params.checkpoint").write_bytes(other.work("bn-params.checkpoint").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut_short, "normal.train.json is cut short or damaged"),
+        (no_result, "normal.train.json is not a result: remove it, and it is made again"),
+        (other_settings, "was made otherwise (lr was 0.5, is 0.05): remove it, or use another --out"),
+        (other_width, "is of another network or width: conv1.weight is (4, 3, 3, 3), and should be (2, 3, 3, 3)"),
+        (damaged_weights, "cannot read runs/walter-quick/w2-seed0/work/normal.safetensors"),
+        (missing_weights, "cannot read runs/walter-quick/w2-seed0/work/normal.safetensors"),
+        (damaged_checkpoint, "cannot read the checkpoint 'runs/walter-quick/w2-seed0/work/bn-params.checkpoint'"),
+        (checkpoint_of_another_width, "trainable: ['norm1.weight', 4] and 41 more before, ['norm1.weight', 2] and"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_damaged_or_of_another_run_is_named_and_left_alone(
+    here: Path, capsys: pytest.CaptureFixture[str], spoil: Spoil, message: str
+) -> None:
+    folder = Folder(Path("runs/walter-quick"), 2, 0)
+    assert walter.main(["train", "normal", "--quick", "--width", "2"]) == 0
+    spoil(folder)
+    before = contents(here)
+    capsys.readouterr()
+    assert walter.main(["train", "bn-params", "--quick", "--width", "2"]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("walter: error: ")
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([], "the following arguments are required: command"),
+        (["retrain"], "argument command: invalid choice: 'retrain'"),
+        (["train"], "no row given: train takes one of normal, normal-bn-only,"),
+        (["train", "BN"], "unknown row 'BN': train takes one of normal, normal-bn-only,"),
+        (["evaluate", "x"], "unknown row 'x': evaluate takes one of normal,"),
+        (["choose", "adv"], "unknown row 'adv': choose takes one of bn-params, normal-bn-only"),
+        (["table", "adv"], "table takes no row, got 'adv'"),
+        (["all", "--budget", "0"], "argument --budget: must be a number of minutes above 0, got '0'"),
+        (["all", "--budget", "nan"], "argument --budget: must be a number of minutes above 0, got 'nan'"),
+        (["all", "--width", "0"], "argument --width: must be a whole number of at least 1, got '0'"),
+        (["all", "--device", "toaster"], "argument --device: 'toaster' is not available here"),
+        (["all", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["train", "adv", "--data", "other"], "--data other is not CIFAR-10: there is no cifar-10-batches-py in it"),
+        (["train", "adv", "--data", "file"], "--data file: no CIFAR-10 there, and none could be had"),
+        (["train", "adv", "--data", "broken"], "--data broken: no CIFAR-10 there, and none could be had"),
+        (["train", "adv", "--quick", "--out", "file"], "--out file cannot be a folder: "),
+        (["table"], "there are no results in runs/walter/w16-seed0"),
+        (["check", "--out", "half"], "bn-stats is not evaluated yet in half/w16-seed0"),
+        (["figures", "--out", "half"], "normal is not trained yet in half/w16-seed0: there is no BN patch"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_gives_one_line_and_exit_code_2(
+    here: Path, capsys: pytest.CaptureFixture[str], command: list[str], message: str
+) -> None:
+    (here / "other").mkdir()
+    (here / "other" / "cats.jpg").write_bytes(b"")
+    (here / "file").write_bytes(b"")
+    (here / "broken" / "cifar-10-batches-py").mkdir(parents=True)
+    (here / "half" / "w16-seed0").mkdir(parents=True)
+    before = contents(here)
+    assert walter.main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith(f"walter: error: {message}")
+    assert contents(here) == before
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[int], None]]:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [1000, 20_000, 29_000])
+def test_a_full_disk_is_said_and_nothing_is_left_in_pieces(
+    here: Path, capsys: pytest.CaptureFixture[str], small_disk: Callable[[int], None], size: int
+) -> None:
+    small_disk(size)
+    code = walter.main(["train", "normal", "--quick", "--width", "2"])
+    small_disk(10**9)
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("walter: error: cannot write runs/walter-quick/w2-seed0/")
+    assert "File too large" in printed.err
+    assert not list(here.rglob("*.partial"))
+    assert not list(here.rglob("*.json"))
+    assert walter.main(["train", "normal", "--quick", "--width", "2"]) == 0
+
+
+def test_ctrl_c_is_one_line_and_the_next_call_goes_on(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "adv_finetune", interrupted)
+        assert walter.main(["train", "normal", "--quick", "--width", "2"]) == 130
+    assert capsys.readouterr().err == "walter: interrupted; the same command goes on from the last epoch\n"
+    assert walter.main(["train", "normal", "--quick", "--width", "2"]) == 0
+
+
+def test_what_remains_is_judged_by_what_is_done(trained: training.Session, few_attacks: list[int]) -> None:
+    assert training.seconds_an_epoch(trained, ROWS["adv"]) == pytest.approx(
+        training.seconds_an_epoch(trained, ROWS["normal"]) * 23 / 3
+    )
+    assert evaluating.evaluate_row(trained, "adv")
+    assert planning.remaining(trained).startswith(f"{len(ROWS) - 1} of {len(ROWS)} rows are left, about ")
+
+
+def test_a_row_whose_start_is_not_trained_says_so(images: data.Images, tmp_path: Path) -> None:
+    with pytest.raises(Problem, match="bn-params starts from normal, which is not trained yet: train normal first"):
+        training.train(session(images, tmp_path), "bn-params")
