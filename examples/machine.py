@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 PACKAGES = ("bnsurgery", "torch", "torchvision", "torchattacks", "pyautoattack", "adversarial-robustness-toolbox")
-PACKAGES += ("foolbox", "numpy")
+PACKAGES = (*PACKAGES, "foolbox", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -34,7 +35,7 @@ def hardware(device: torch.device | None = None) -> str:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, ``+`` where files differ from it; None outside a repository."""
+    """The commit that is checked out, ``+`` where files differ from it; outside a repository ``GIT_COMMIT``, if set."""
     root = Path(__file__).parents[1]
     try:
         asked = [
@@ -42,5 +43,5 @@ def commit() -> str | None:
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         ]
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GIT_COMMIT")
     return asked[0] + ("+" if asked[1] else "")

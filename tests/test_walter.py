@@ -509,7 +509,7 @@ def test_all_runs_every_row_in_order_and_then_has_nothing_to_do(
         row.name for row in ROWS.values()
     ]
     assert "no estimate before the first is done" in printed
-    assert "[16 of 16] BN PARAMS, twice the epochs; 1 of 16 rows are left, about " in printed
+    assert "[17 of 17] BN PARAMS, twice the epochs; 1 of 17 rows are left, about " in printed
     made = contents(here)
     folder = here / "runs" / "walter-quick" / "w2-seed0"
     assert {path.name for path in folder.glob("*.png")} == {"figure1.png", "figure2.png", "figure3.png"}
@@ -715,3 +715,30 @@ def test_what_remains_is_judged_by_what_is_done(trained: training.Session, few_a
 def test_a_row_whose_start_is_not_trained_says_so(images: data.Images, tmp_path: Path) -> None:
     with pytest.raises(Problem, match="bn-params starts from normal, which is not trained yet: train normal first"):
         training.train(session(images, tmp_path), "bn-params")
+
+
+RESULTS = Path(__file__).parents[1] / "examples" / "results" / "walter"
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in sorted(RESULTS.glob("*/table.md"))])
+def test_the_committed_tables_are_those_of_the_result_files(name: str) -> None:
+    width, seed = (int(part.strip("wsed")) for part in name.split("-"))
+    results = Results(Folder(RESULTS, width, seed))
+    assert tables.everything(results) == (RESULTS / name / "table.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_results_are_of_the_rows_as_they_are(path: Path) -> None:
+    record = json.loads(path.read_text("utf-8"))
+    key, kind, _ = path.name.split(".", 1)[0], *path.name.rsplit(".", 2)[1:]
+    assert record["commit"]
+    assert not record["commit"].endswith("+")
+    assert record["versions"]["bnsurgery"]
+    if kind != "choose":
+        expected = ROWS[key].configuration()
+        assert {name: record["configuration"][name] for name in expected} == expected
+        assert record["configuration"]["training_images"] == 50_000
+    if kind == "evaluate":
+        assert record["autoattack"]["examples"] == 1000
+        assert list(record["clean_error"]) == ["900", "1000", "10000"]
+        assert [row["attack"] for row in record["autoattack"]["rows"]] == ["apgd-ce", "apgd-t", "fab-t", "square"]

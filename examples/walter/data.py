@@ -64,7 +64,6 @@ def batches(
         shuffle=True,
         drop_last=True,
         num_workers=_workers(device),
-        persistent_workers=_workers(device) > 0,
         pin_memory=device.type == "cuda",
     )
 

@@ -85,12 +85,13 @@ ROWS: Mapping[str, Row] = {
     "bn-stats-eps2": replace(_STATS, name="BN STATS (no reset), eps 2/255", eps=2 / 255),
     "bn-stats-eps1": replace(_STATS, name="BN STATS (no reset), eps 1/255", eps=1 / 255),
     "bn-stats-log": replace(_STATS, name="BN STATS (no reset) +log", start="bn-stats", also=("logits",), epochs=3),
+    "bn-params-no-decay": replace(_BN, name="BN PARAMS, no weight decay", weight_decay=0.0),
     "bn-params-longer": replace(_BN, name="BN PARAMS, twice the epochs", epochs=2 * _BN.epochs),
 }
 """By the name that the command line takes, each after what it starts from."""
 
 CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
-    "bn-params": tuple({"lr": lr, "weight_decay": decay} for lr in (0.05, 0.1, 0.2, 0.4) for decay in (5e-4, 0.0)),
+    "bn-params": tuple({"lr": lr} for lr in (0.05, 0.1, 0.2, 0.4)),
     "normal-bn-only": tuple({"lr": lr, "gamma": gamma} for lr in (0.05, 0.1, 0.2) for gamma in ("one", "uniform")),
 }
 """By row: the settings that are compared on training images that are left out of training, to choose among them."""
