@@ -10,7 +10,14 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("bnsurgery", "torch", "torchvision", "torchattacks", "pyautoattack", "adversarial-robustness-toolbox")
+PACKAGES: tuple[str, ...] = (
+    "bnsurgery",
+    "torch",
+    "torchvision",
+    "torchattacks",
+    "pyautoattack",
+    "adversarial-robustness-toolbox",
+)
 PACKAGES = (*PACKAGES, "foolbox", "numpy")
 
 
@@ -35,12 +42,12 @@ def hardware(device: torch.device | None = None) -> str:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, ``+`` where files differ from it; outside a repository ``GIT_COMMIT``, if set."""
+    """The commit that is checked out, ``+`` where code differs from it; outside a repository ``GIT_COMMIT``, if set."""
     root = Path(__file__).parents[1]
     try:
         asked = [
             subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603, S607
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "*.py"])
         ]
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("GIT_COMMIT")

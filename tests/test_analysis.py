@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bnsurgery import PGD, fold_bn
+from bnsurgery import PGD, BNSurgeryError, fold_bn
 from bnsurgery.analysis import Histogram, histogram, outputs, weight_shift
 from bnsurgery.folding import Affine
 from networks import AFFINE_FREE, SMALL
@@ -122,6 +123,40 @@ def test_a_float64_model_takes_float32_data() -> None:
     assert bool(torch.isfinite(found.logits).all())
 
 
+def test_normalised_data_is_attacked_in_pixels() -> None:
+    x, y = data()
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    inner = lived_in(SMALL.build())
+
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            shape = (1, 3, 1, 1)
+            return self.inner((pixels - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape))
+
+    normalised = (x - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    for attack in (None, PGD(0.1, 3, 0.05)):
+        expected = outputs(Inside(), (x, y), attack=attack, engine="plain")
+        found = outputs(inner, (normalised, y), attack=attack, mean=mean, std=std, engine="plain")
+        assert torch.allclose(found.logits, expected.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [2.0, -1.0, math.nan])
+def test_what_is_no_input_is_refused_before_and_after_the_attack(values: float) -> None:
+    x, y = data(4)
+    with pytest.raises(ValueError, match=r"x must lie in bounds=\(0, 1\)"):
+        outputs(SMALL.build(), (torch.full_like(x, values), y))
+    with pytest.raises(BNSurgeryError, match=r"returned what is no input: x must lie in bounds=\(0, 1\)"):
+        outputs(SMALL.build(), (x, y), attack=lambda model, images, labels: torch.full_like(images, values))
+
+
+def test_outputs_show_their_shapes() -> None:
+    assert repr(outputs(SMALL.build(), data(4))) == "Outputs(logits=(4, 10), labels=(4,))"
+
+
 def test_a_model_without_parameters_to_normalise_by_runs_too() -> None:
     x, y = AFFINE_FREE.example(6), AFFINE_FREE.labels(6)
     assert outputs(AFFINE_FREE.build(), (x, y)).logits.shape[0] == 6
@@ -131,6 +166,7 @@ def test_a_model_without_parameters_to_normalise_by_runs_too() -> None:
     ("options", "error", "message"),
     [
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"mean": (0.5,)}, ValueError, "mean and std go together: give both or neither"),
         ({"max_examples": 0}, ValueError, "max_examples must be at least 1, got 0"),
         ({"attack": 3}, TypeError, "a callable attack(model, x, y), got 3"),
         ({"engine": "slow"}, ValueError, "engine must be 'fast', 'plain' or an Engine, got 'slow'"),
@@ -181,7 +217,8 @@ def test_a_histograms_record_is_json_that_reads_back() -> None:
         ([], {}, "values must be finite and at least one, got 0, 0 of them finite"),
         ([1.0, float("nan")], {}, "values must be finite and at least one, got 2, 1 of them finite"),
         ([1.0], {"bins": 0}, "bins must be at least 1, got 0"),
-        ([1.0], {"bounds": (1, 1)}, "bounds must be (low, high) with low < high, got (1, 1)"),
+        ([1.0], {"bounds": (0, math.inf)}, "bounds must be finite, (low, high) with low < high, got (0, inf)"),
+        ([1.0], {"bounds": (1, 1)}, "bounds must be finite, (low, high) with low < high, got (1, 1)"),
     ],
     ids=str,
 )

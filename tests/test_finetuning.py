@@ -574,6 +574,19 @@ def test_a_step_in_bfloat16_is_the_one_of_torchs_autocast() -> None:
         assert torch.allclose(tensor, by_hand.state_dict()[name], rtol=1e-5, atol=1e-6), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_loss_of_a_step_in_bfloat16_is_computed_in_at_least_float32(dtype: torch.dtype) -> None:
+    seen = []
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        seen.append(logits.dtype)
+        return F.cross_entropy(logits, y, reduction="none")
+
+    data = [(x.to(dtype), y) for x, y in batches(4)]
+    tune(Dtypes().to(dtype), data, attack=None, step_precision="bfloat16", loss=loss)
+    assert seen == [torch.promote_types(dtype, torch.float32)]
+
+
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_step_precision_auto_goes_by_the_hardware(
     fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

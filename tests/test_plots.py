@@ -24,6 +24,7 @@ def test_normalized_weights_show_the_mean_of_m_for_each_layer_and_model() -> Non
     assert before.get_ydata() == pytest.approx(means)
     assert after.get_ydata() == pytest.approx([2 * mean for mean in means])
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["before", "after"]
+    assert before.get_linestyle() != after.get_linestyle()
     assert ax.get_ylabel().startswith("normalized weight")
 
 

@@ -1074,6 +1074,7 @@ def test_the_moments_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     results = [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(2)]
     assert [result["slowest"] for result in results] == [10.0, 10.0]
+    assert [result["ended"] for result in results] == [("max_seconds", 2)] * 2
     for name, case in ranks.CASES.items():
         for estimator in ("pooled", "exact"):
             model = case.build(F64)

@@ -1,11 +1,13 @@
 """Reproduces Walter, Stutz and Schiele: the rows of Table 2, Figures 1 to 3, and the remarks of the text.
 
     python -m examples.walter all --data DIR             train and evaluate every row, print the table, draw the figures
-    python -m examples.walter train ROW | evaluate ROW   one row, after those that it starts from
+    python -m examples.walter train ROW                  one row, after those that it starts from
+    python -m examples.walter evaluate ROW               one row that is trained
     python -m examples.walter table | figures | check    from what is finished
     python -m examples.walter choose ROW                 compare settings on left-out training images
 
-Whatever is finished is kept, and what was interrupted goes on where it was, to the epoch at least.
+In the root of the repository. Whatever is finished is kept, and what was interrupted goes on where it was, to the epoch
+at least. Exit code 0: well, or stopped at the budget; 1: a check fails; 2: one line says what is wrong.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
-from bnsurgery import MissingExtraError
 from examples.walter import checks, choosing, data, evaluating, figures, planning, tables, training
-from examples.walter.files import Folder, Problem, read_json, write
+from examples.walter.files import Folder, Problem, write
 from examples.walter.results import Results
 from examples.walter.rows import CHOICES, ROWS, needed
+from examples.walter.scales import FULL, QUICK
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,14 +40,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("row", nargs="?", help=f"for train and evaluate: {', '.join(ROWS)}")
     parser.add_argument("--data", type=Path, default=Path("runs/cifar10"), help="CIFAR-10; downloaded to a new folder")
     parser.add_argument("--out", type=Path, help="where results go (runs/walter)")
-    parser.add_argument("--width", type=positive, help="base width of the ResNet-20; the paper's is 64 (16)")
-    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument("--width", type=width, help="base width of the ResNet-20; the paper's is 64 (16)")
+    parser.add_argument("--seed", type=seed, default=0, help="(0)")
     parser.add_argument("--budget", type=minutes, help="stop after so many minutes; the same command then goes on")
     parser.add_argument("--device", type=device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ... (cpu)")
     parser.add_argument("--quick", action="store_true", help="a few images of the shipped sample, to see that it runs")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/walter-quick" if args.quick else "runs/walter")
     args.width = args.width or (8 if args.quick else 16)
+    args.scale = QUICK if args.quick else FULL
     if args.command in ("train", "evaluate", "choose"):
         known = CHOICES if args.command == "choose" else ROWS
         if args.row not in known:
@@ -56,10 +59,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+def whole(text: str, low: int, high: int) -> int:
+    if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
+        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
     return int(text)
+
+
+def width(text: str) -> int:
+    return whole(text, 1, 1024)
+
+
+def seed(text: str) -> int:
+    return whole(text, 0, 2**32 - 1)
 
 
 def minutes(text: str) -> float:
@@ -76,26 +87,34 @@ def device(text: str) -> torch.device:
     try:
         chosen = torch.device(text)
         torch.ones(1, device=chosen).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
+    except Exception as error:  # whatever a backend raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise argparse.ArgumentTypeError(f"{text!r} is not available here: {reason}") from None
     return chosen
 
 
-def session(args: argparse.Namespace, began: float) -> training.Session:
+def context(args: argparse.Namespace, began: float) -> training.Context:
     """What the arguments say, with the images read."""
-    return training.Session(
+    return training.Context(
         folder=Folder(args.out, args.width, args.seed),
         images=data.read(None if args.quick else args.data),
-        scale=training.QUICK if args.quick else training.FULL,
+        scale=args.scale,
         device=args.device,
         deadline=None if args.budget is None else began + 60 * args.budget,
-        progress=sys.stderr.isatty(),
+        bars=sys.stderr.isatty(),
     )
 
 
+def results(args: argparse.Namespace) -> Results:
+    """What is finished; :class:`Problem` where nothing is."""
+    folder = Folder(args.out, args.width, args.seed)
+    if not folder.path.is_dir():
+        raise Problem(f"there are no results in {folder.path}")
+    return Results(folder, args.scale)
+
+
 def train(args: argparse.Namespace, began: float) -> int:
-    now = session(args, began)
+    now = context(args, began)
     for key in needed([args.row]):
         if not training.train(now, key):
             return stopped(key)
@@ -104,21 +123,20 @@ def train(args: argparse.Namespace, began: float) -> int:
 
 
 def evaluate(args: argparse.Namespace, began: float) -> int:
-    now = session(args, began)
+    now = context(args, began)
     if not evaluating.evaluate_row(now, args.row):
         return stopped(args.row)
-    path = now.folder.record(args.row, "evaluate")
-    print(f"{args.row}: {short(read_json(path))}, {path}")
+    print(f"{args.row}: {short(now, args.row)}, {now.folder.record(args.row, 'evaluate')}")
     return 0
 
 
 def everything(args: argparse.Namespace, began: float) -> int:
-    now = session(args, began)
+    now = context(args, began)
     for number, key in enumerate(ROWS, start=1):
         print(f"[{number} of {len(ROWS)}] {ROWS[key].name}; {planning.remaining(now)}", flush=True)
         if not (training.train(now, key) and evaluating.evaluate_row(now, key)):
             return stopped(key)
-        print(f"    {short(read_json(now.folder.record(key, 'evaluate')))}", flush=True)
+        print(f"    {short(now, key)}", flush=True)
     return table(args, began) or draw(args, began)
 
 
@@ -127,11 +145,13 @@ def stopped(key: str) -> int:
     return 0
 
 
-def short(record: dict[str, Any]) -> str:
-    count = max(record["clean_error"], key=int)
+def short(now: training.Context, key: str) -> str:
+    """The errors of a row."""
+    record = now.results.evaluated(key)
+    count = max(now.scale.clean)
     robust = record["autoattack"]
     return (
-        f"clean error {record['clean_error'][count]:.2f}% of {int(count):,}, AutoAttack "
+        f"clean error {record['clean_error'][str(count)]:.2f}% of {count:,}, AutoAttack "
         f"{robust['robust_error']:.1f} ± {robust['standard_error']:.1f}% of {robust['examples']:,}"
     )
 
@@ -151,23 +171,25 @@ def draw(args: argparse.Namespace, began: float) -> int:  # noqa: ARG001
 
 
 def check(args: argparse.Namespace, began: float) -> int:  # noqa: ARG001
-    found = results(args)
-    made = [*checks.checks(found), checks.settled(found)]
-    print("\n".join(map(str, made)))
-    return 0 if all(one.holds for one in made) else 1
-
-
-def results(args: argparse.Namespace) -> Results:
-    """What is finished; :class:`Problem` where nothing is."""
-    folder = Folder(args.out, args.width, args.seed)
-    if not folder.path.is_dir():
-        raise Problem(f"there are no results in {folder.path}")
-    return Results(folder)
+    made, pending = checks.checks(results(args))
+    if made:
+        print("\n".join(map(str, made)), flush=True)
+    if not all(one.holds for one in made):
+        return 1
+    if pending:
+        raise Problem(f"{len(pending)} of {len(made) + len(pending)} checks must wait: {pending[0]}")
+    return 0
 
 
 def choose(args: argparse.Namespace, began: float) -> int:
-    print(choosing.choose(session(args, began), args.row))
-    return 0
+    now = context(args, began)
+    start = ROWS[args.row].start
+    for key in [] if start is None else needed([start]):
+        if not training.train(now, key):
+            return stopped(key)
+    text, whole = choosing.choose(now, args.row)
+    print(text)
+    return 0 if whole else stopped(args.row)
 
 
 COMMANDS = {
@@ -186,12 +208,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = arguments(argv)
         return COMMANDS[args.command](args, began)
-    except (Problem, MissingExtraError) as problem:
-        print(f"walter: error: {problem}", file=sys.stderr)
-        return 2
+    except Problem as problem:
+        said = str(problem)
+    except ModuleNotFoundError as error:
+        said = f'{error.name} is not installed: pip install -e ".[examples]"'
     except KeyboardInterrupt:
-        print("walter: interrupted; the same command goes on from the last epoch", file=sys.stderr)
+        print("walter: interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 130
+    print(f"walter: error: {said}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bnsurgery import Evaluation, evaluate
-from examples.walter.files import Problem, origin, read_json, write_json
+from examples.walter.data import Images
+from examples.walter.evaluating import pgd, under_attack
+from examples.walter.files import origin, read_json, require_same, write_json
 from examples.walter.rows import CHOICES, EPS, ROWS, Row
-from examples.walter.training import Scale, Session, finished, initial, require_same, tune
+from examples.walter.scales import FULL
+from examples.walter.training import Context, initial, tune
+from bnsurgery.analysis import outputs
 
 HELD_OUT = 5000
 """The last training images, measured on: clean error on all of them, PGD-20 on the last thousand."""
@@ -17,60 +20,56 @@ TRAINING = 15_000
 EPOCHS = 3
 
 
-def choose(session: Session, key: str) -> str:
-    """Trains a row with each of its settings, briefly, and measures; returns a table of what came out.
+def choose(context: Context, key: str) -> tuple[str, bool]:
+    """Trains a row with each of its settings, briefly, and measures; a table, and whether it is all of it.
 
     The network that a row starts from has seen the left-out images in its own, clean training.
+
+    Raises:
+        Problem: the start is not trained yet, a file is damaged or of another configuration, or a disk is full.
     """
-    row, folder, scale = ROWS[key], session.folder, session.scale
-    whole = scale == Scale()
-    held, training = (HELD_OUT, TRAINING) if whole else (64, 128)
-    epochs = EPOCHS if whole else 1
-    images = session.images.held_out(held, training)
-    if row.start is not None and finished(session, row.start) is None:
-        raise Problem(f"{key} starts from {row.start}, which is not trained yet: train {row.start} first")
-    folder.make()
-    lines = [f"{'setting':40} clean error  robust error (PGD-20)"]
-    for settings in CHOICES[key]:
-        chosen = replace(row, epochs=epochs, **settings)
-        name = "-".join(f"{option}{value}" for option, value in settings.items())
-        path = folder.record(f"{key}-{name}", "choose")
-        configuration = chosen.configuration() | {"held_out": held, "training_images": training}
-        if path.exists():
-            record = read_json(path)
-            require_same(path, record, configuration)
-        elif not session.fits(0.0):
-            break
-        else:
-            record = one(replace(session, deadline=None), chosen, images, configuration)
-            session.worked = True
-            write_json(path, record)
-        lines.append(f"{name:40} {record['clean_error']:11.2f}  {record['robust_error']:12.2f}")
-    return "\n".join(lines)
+    full = context.scale == FULL
+    held, training, epochs = (HELD_OUT, TRAINING, EPOCHS) if full else (64, 128, 1)
+    images = context.images.held_out(held, training)
+    lines, longest = [f"{'setting':32} clean error   robust error (PGD-20)"], 0.0
+    with context.folder.locked(f"{key}-choose"):
+        for settings in CHOICES[key]:
+            row = replace(ROWS[key], epochs=epochs, **settings)
+            name = "-".join(f"{option}{value}" for option, value in settings.items())
+            path = context.folder.record(f"{key}-{name}", "choose")
+            configuration = row.configuration() | {"held_out": held, "training_images": training}
+            if not path.exists():
+                if not context.fits(longest):
+                    return "\n".join(lines), False
+                context.worked = True
+                write_json(path, one(context, row, images) | {"configuration": configuration})
+            record = read_json(path, _look)
+            require_same(path, record["configuration"], configuration)
+            longest = max(longest, record["seconds"])
+            robust = f"{record['robust_error']:.2f} ± {record['standard_error']:.2f}"
+            lines.append(f"{name:32} {record['clean_error']:11.2f}   {robust}")
+    return "\n".join(lines), True
 
 
-def one(session: Session, row: Row, images: Any, configuration: dict[str, Any]) -> dict[str, Any]:
+def one(context: Context, row: Row, images: Images) -> dict[str, Any]:
     """Trains and measures one setting."""
-    model = initial(session, row)
-    run = tune(session, row, model, images, checkpoint=None)
-    count = len(images.test[1])
-    clean = measure(session, model, images.tests(count))
-    last = images.tests(count)
-    few = min(session.scale.robust, count)
-    robust = measure(session, model, (last[0][-few:], last[1][-few:]), "pgd-20")
+    made_with = origin(context.folder.seed, context.device)
+    model = initial(context, row)
+    run = tune(context, row, model, images, checkpoint=None, max_seconds=None)
+    x, y = images.tests(len(images.test[1]))
+    last = x[-context.scale.robust :], y[-context.scale.robust :]
+    found = pgd(outputs(model, last), under_attack(context, model, last, EPS))
     return {
         "row": row.name,
-        "configuration": configuration,
-        "clean_error": clean.clean_error,
-        "robust_error": robust.robust_error,
-        "standard_error": robust.standard_error,
-        "examples": [count, few],
+        "clean_error": outputs(model, (x, y)).error,
+        **found,
+        "examples": [len(y), len(last[1])],
         "seconds": round(sum(record.seconds for record in run.history), 1),
         "history": run.record()["history"],
-        **origin(session.folder.seed, session.device),
+        **made_with,
     }
 
 
-def measure(session: Session, model: Any, data: Any, *attacks: str) -> Evaluation:
-    """Errors in percent."""
-    return evaluate(model, data, attacks=attacks, eps=EPS, seed=session.folder.seed, progress=session.progress)
+def _look(record: dict[str, Any]) -> None:
+    _ = record["configuration"]["lr"], [float(record[name]) for name in ("clean_error", "robust_error", "seconds")]
+    _ = float(record["standard_error"])

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ class Images:
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
+
+    def first(self, count: int) -> Images:
+        """The first training images alone."""
+        x, y = self.train
+        return Images((x[:count], y[:count]), self.test)
 
     def held_out(self, count: int, use: int) -> Images:
         """The last ``count`` training images in place of the test images, and the first ``use`` to train on."""
@@ -40,15 +46,18 @@ def read(folder: Path | None) -> Images:
     if folder is None:
         return Images(sample(train=True), sample(train=False))
     parts = ("cifar-10-batches-py", "cifar-10-python.tar.gz")
+    new = False
     try:
         new = not folder.exists()
         if not new and any(folder.iterdir()) and not any((folder / part).exists() for part in parts):
             raise Problem(f"--data {folder} is not CIFAR-10: there is no cifar-10-batches-py in it")
         return Images(full(folder, train=True), full(folder, train=False))
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
         if new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+        if not new and "not found or corrupted" in str(error):
+            raise Problem(f"--data {folder}: files of CIFAR-10 are missing or damaged in it: remove them") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Problem(f"--data {folder}: no CIFAR-10 there, and none could be had: {reason}") from None
 
 

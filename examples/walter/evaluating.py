@@ -3,104 +3,119 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bnsurgery import PGD, Evaluation, evaluate
 from bnsurgery.analysis import Outputs, histogram, outputs
 from examples.resnet import ResNet
-from examples.walter.files import Problem, origin, read_json, write_json
+from examples.walter.files import Problem, origin, read_json, require_same, write_json
+from examples.walter.results import look_at_chunk
 from examples.walter.rows import EPS, ROWS
-from examples.walter.training import Session, configuration, finished, network, require_same
+from examples.walter.training import Context, network
 
 CONFIDENCES, LOGITS = (0.0, 1.0), (-20.0, 20.0)
 """Bounds of the histograms of Figure 3."""
 
 
-def evaluated(session: Session, key: str) -> dict[str, Any] | None:
-    """The record of a row that is evaluated already; None where it is not.
-
-    Raises:
-        Problem: it is damaged, or of another configuration.
-    """
-    path = session.folder.record(key, "evaluate")
-    if not path.exists():
-        return None
-    record = read_json(path)
-    require_same(path, record, settings(session, key))
-    return record
-
-
-def settings(session: Session, key: str) -> dict[str, Any]:
-    """What decides about the result of evaluating a row."""
-    scale = session.scale
-    attacks = {"clean_on": list(scale.clean), "robust_on": scale.robust, "chunk": scale.chunk, "eps": EPS}
-    return configuration(session, ROWS[key]) | {"evaluation": attacks}
-
-
-def evaluate_row(session: Session, key: str) -> bool:
+def evaluate_row(context: Context, key: str) -> bool:
     """Evaluates a row that is trained, or goes on with it; whether it is finished.
 
     Raises:
-        Problem: the row is not trained yet, a file is damaged or of another configuration, or a disk is full.
+        Problem: the row is not trained yet, a file is damaged or of another configuration, a disk is full, or another
+            process works on it.
     """
-    if evaluated(session, key) is not None:
+    if context.results.evaluation(key) is not None:
         return True
-    if finished(session, key) is None:
-        raise Problem(f"{key} is not trained yet: train it first")
-    session.folder.make()
-    model = network(session, key)
-    chunks = autoattack(session, key, model)
-    if chunks is None:
+    with context.folder.locked(key), float32():
+        return _evaluate(context, key)
+
+
+@contextmanager
+def float32() -> Iterator[None]:
+    """Keeps convolutions on a GPU from rounding their inputs to TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _evaluate(context: Context, key: str) -> bool:
+    model = network(context, key)
+    done = autoattack(context, key, model)
+    if done is None or not context.fits(None):
         return False
     began = time.perf_counter()
-    data = session.images.tests(session.scale.robust)
-    under = {eps: under_attack(session, model, data, eps) for eps in session.scale.robust_eps}
+    data = context.images.tests(context.scale.robust)
+    clean = outputs(model, data)
+    under = {eps: under_attack(context, model, data, eps) for eps in context.scale.robust_eps}
     record = {
         "row": ROWS[key].name,
-        "configuration": settings(session, key),
-        "clean_error": clean_errors(session, model),
-        "autoattack": joined(chunks),
-        "pgd20": [pgd(session, model, eps, made) for eps, made in under.items()],
-        "histograms": {
-            kind: histograms(made) for kind, made in (("clean", outputs(model, data)), ("adversarial", under[EPS]))
-        },
-        **origin(session.folder.seed, session.device),
+        "configuration": done["configuration"],
+        "sha256": done["sha256"],
+        "clean_error": clean_errors(context, model),
+        "autoattack": joined(done["chunks"]),
+        "pgd20": [pgd(clean, made) | {"eps": eps} for eps, made in under.items()],
+        "histograms": {"clean": histograms(clean), "adversarial": histograms(under[EPS])},
+        "calls": done["calls"],
+        **origin(context.folder.seed, context.device),
     }
-    record["seconds"] = round(sum(chunk["seconds"] for chunk in chunks) + time.perf_counter() - began, 1)
-    write_json(session.folder.record(key, "evaluate"), record)
+    record["seconds"] = round(sum(chunk["seconds"] for chunk in done["chunks"]) + time.perf_counter() - began, 1)
+    write_json(context.folder.record(key, "evaluate"), record)
     return True
 
 
-def autoattack(session: Session, key: str, model: ResNet) -> list[dict[str, Any]] | None:
+def autoattack(context: Context, key: str, model: ResNet) -> dict[str, Any] | None:
     """Standard AutoAttack on the first test images, some of them at a time; None where the budget ends before them."""
-    path, scale = session.folder.work(f"{key}.autoattack.json"), session.scale
-    x, y = session.images.tests(scale.robust)
-    starts = range(0, len(y), scale.chunk)
-    chunks: list[dict[str, Any]] = []
+    path, scale = context.folder.work(f"{key}.autoattack.json"), context.scale
+    configuration = scale.of_evaluation(ROWS[key], context.folder.width)
+    sha256 = (context.results.training(key) or {})["sha256"]
+    done: dict[str, Any] = {"configuration": configuration, "sha256": sha256, "chunks": [], "calls": []}
     if path.exists():
-        record = read_json(path)
-        require_same(path, record, settings(session, key))
-        chunks = record["chunks"]
-    for start in starts[len(chunks) :]:
-        if not session.fits(max((chunk["seconds"] for chunk in chunks), default=0.0)):
+        done = _read(path, configuration, sha256)
+    done["calls"].append(origin(context.folder.seed, context.device))
+    x, y = context.images.tests(scale.robust)
+    for start in range(0, len(y), scale.chunk)[len(done["chunks"]) :]:
+        known = [chunk["seconds"] for chunk in done["chunks"]]
+        if not context.fits(max(known) if known else context.results.seconds_a_chunk()):
             return None
-        session.worked = True
+        context.worked = True
         began = time.perf_counter()
-        data = x[start : start + scale.chunk], y[start : start + scale.chunk]
-        found = attacked(session, model, data, "autoattack")
+        found = attacked(context, model, (x[start : start + scale.chunk], y[start : start + scale.chunk]), "autoattack")
         held = "".join(str(int(flag)) for flag in found.robust)
-        chunks.append(found.record() | {"held": held, "seconds": time.perf_counter() - began})
-        write_json(path, {"configuration": settings(session, key), "chunks": chunks})
-    return chunks
+        done["chunks"].append(found.record() | {"held": held, "seconds": time.perf_counter() - began})
+        write_json(path, done)
+        if not context.bars:
+            print(f"{ROWS[key].name}: AutoAttack, {start + len(held)} of {len(y)} examples done", flush=True)
+    return done
 
 
-def attacked(
-    session: Session, model: ResNet, data: tuple[Tensor, Tensor], *attacks: Any, eps: float = EPS
-) -> Evaluation:
+def _read(path: Path, configuration: dict[str, Any], sha256: str) -> dict[str, Any]:
+    """What is done of an evaluation."""
+
+    def look(record: dict[str, Any]) -> None:
+        _ = record["configuration"]["width"], record["sha256"], list(record["calls"])
+        for chunk in record["chunks"]:
+            look_at_chunk(chunk)
+            float(chunk["seconds"])
+
+    done = read_json(path, look)
+    require_same(path, done["configuration"], configuration)
+    if done["sha256"] != sha256:
+        raise Problem(f"{path} is of another network than is here now: remove it, and it is made again")
+    return done
+
+
+def attacked(context: Context, model: ResNet, data: tuple[Tensor, Tensor], *attacks: Any) -> Evaluation:
     """Errors in percent under these attacks."""
-    return evaluate(model, data, attacks=attacks, eps=eps, seed=session.folder.seed, progress=session.progress)
+    return evaluate(model, data, attacks=attacks, eps=EPS, seed=context.folder.seed, progress=context.bars)
 
 
 def joined(chunks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -125,31 +140,32 @@ def joined(chunks: list[dict[str, Any]]) -> dict[str, Any]:
         "norm": "linf",
         "rows": rows,
         "held": "".join(chunk["held"] for chunk in chunks),
+        "chunk_seconds": [round(chunk["seconds"], 1) for chunk in chunks],
     }
 
 
-def clean_errors(session: Session, model: ResNet) -> dict[str, float]:
+def clean_errors(context: Context, model: ResNet) -> dict[str, float]:
     """Clean error in percent by number of first test images."""
-    right = attacked(session, model, session.images.tests(max(session.scale.clean))).correct
-    return {str(count): 100 * float((~right[:count]).double().mean()) for count in session.scale.clean}
+    right = attacked(context, model, context.images.tests(max(context.scale.clean))).correct
+    return {str(count): 100 * float((~right[:count]).double().mean()) for count in context.scale.clean}
 
 
-def pgd(session: Session, model: ResNet, eps: float, made: Outputs) -> dict[str, Any]:
-    """PGD-20 at a radius: robust error, and the cross-entropy of all adversarial examples, ``made``."""
-    robust = attacked(session, model, session.images.tests(session.scale.robust), "pgd-20", eps=eps)
-    return {
-        "eps": eps,
-        "robust_error": robust.robust_error,
-        "standard_error": robust.standard_error,
-        "cross_entropy": float(made.loss.mean()),
-        "cross_entropy_standard_error": float(made.loss.std() / len(made.loss) ** 0.5),
-    }
-
-
-def under_attack(session: Session, model: ResNet, data: tuple[Tensor, Tensor], eps: float) -> Outputs:
-    """Outputs on PGD-20's adversarial examples of all examples."""
+def under_attack(context: Context, model: ResNet, data: tuple[Tensor, Tensor], eps: float) -> Outputs:
+    """Outputs on PGD-20's adversarial examples of all examples, those that are wrong clean included."""
     attack = PGD(eps, steps=20, step_size=2.5 * eps / 20)
-    return outputs(model, data, attack=attack, seed=session.folder.seed)
+    return outputs(model, data, attack=attack, seed=context.folder.seed)
+
+
+def pgd(clean: Outputs, made: Outputs) -> dict[str, Any]:
+    """Robust error, wrong clean or under PGD-20, and the cross-entropy of all adversarial examples."""
+    wrong = (clean.logits.argmax(1) != clean.labels) | (made.logits.argmax(1) != made.labels)
+    share, count = float(wrong.double().mean()), len(wrong)
+    return {
+        "robust_error": 100 * share,
+        "standard_error": 100 * (share * (1 - share) / count) ** 0.5,
+        "cross_entropy": float(made.loss.mean()),
+        "cross_entropy_standard_error": float(made.loss.std() / count**0.5),
+    }
 
 
 def histograms(made: Outputs) -> dict[str, Any]:

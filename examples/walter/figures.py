@@ -11,7 +11,7 @@ from torch import Tensor
 from bnsurgery import bn_layers, fold_bn
 from bnsurgery.analysis import Histogram, histogram, weight_shift
 from bnsurgery.plots import plot_histograms, plot_normalized_weights
-from examples.walter.files import Problem, write
+from examples.walter.files import write
 from examples.walter.results import PAPER_SHIFT, Results
 from examples.walter.rows import ROWS
 
@@ -67,7 +67,7 @@ def weights(results: Results) -> Figure:
         same = {row: histogram(values[name], bins=12, bounds=bounds) for row, values in found.items()}
         plot_histograms(same, xlabel=f"{name}, BN layer {LAYER}", ax=ax)
         ax.set_ylabel("share of channels (%)")
-    return figure
+    return _with_one_legend(figure)
 
 
 def means(results: Results) -> Figure:
@@ -77,7 +77,7 @@ def means(results: Results) -> Figure:
     figure = _figure(8, 4)
     ax = plot_normalized_weights({ROWS[key].name: folded[key] for key in SHOWN}, ax=figure.subplots())
     ax.set_title(
-        f"BN PARAMS - NORMAL: {shift.mean:+.3f} on average over the layers (paper, width 64: {PAPER_SHIFT:+.3f})",
+        f"BN PARAMS - NORMAL: {shift.mean:+.3f} on average over the layers (paper: {PAPER_SHIFT:+.3f})",
         fontsize="medium",
     )
     return figure
@@ -91,9 +91,17 @@ def predictions(results: Results) -> Figure:
         for ax, kind in zip(row, ("clean", "adversarial"), strict=True):
             found = {}
             for key in SHOWN:
-                record = results.evaluation(key)
-                if record is None:
-                    raise Problem(f"{key} is not evaluated yet in {results.folder.path}")
+                record = results.evaluated(key)
                 found[ROWS[key].name] = Histogram(**record["histograms"][kind][what])
             plot_histograms(found, xlabel=f"{label}, {kind} examples", ax=ax)
+    return _with_one_legend(figure)
+
+
+def _with_one_legend(figure: Figure) -> Figure:
+    """A legend above all axes, where it covers no curve, in place of one in each."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    for ax in figure.axes:
+        if (legend := ax.get_legend()) is not None:
+            legend.remove()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     return figure

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from examples.machine import commit, hardware, versions
 
+COMMIT = commit()
+"""Of the code that is running: read when it is loaded, since a run may last longer than the commit is checked out."""
 
-class Problem(Exception):  # noqa: N818 - not ours to fix: it is for the user
-    """What is wrong, in one line for the user."""
+
+class Problem(Exception):  # noqa: N818 - it is for the user, who need not look for an error of the program
+    """What is wrong, in one line."""
+
+
+class Pending(Problem):
+    """A result is needed that is not there yet."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The results of one width and seed. Checkpoints and weights are in ``work``, which need not be kept.
+    """The results of one width and seed. Checkpoints and weights are in ``work``; finished results are read without.
 
     Attributes:
         root: what ``--out`` said.
@@ -68,6 +79,26 @@ class Folder:
         except OSError as error:
             raise Problem(f"--out {self.root} cannot be a folder: {error.strerror}") from None
 
+    @contextmanager
+    def locked(self, row: str) -> Iterator[None]:
+        """Keeps other processes from a row for the block, where the system has such locks.
+
+        Raises:
+            Problem: another process works on it.
+        """
+        self.make()
+        try:
+            import fcntl
+        except ModuleNotFoundError:
+            yield
+            return
+        with self.work(f".{row}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise Problem(f"another process is at work on {row} in {self.path}") from None
+            yield
+
 
 def write(path: Path, put: Callable[[Path], object]) -> None:
     """Lets ``put`` write a file beside ``path``, then renames it: after a failure ``path`` is as it was.
@@ -78,6 +109,8 @@ def write(path: Path, put: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         put(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -93,54 +126,65 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a record.
+def read_json(path: Path, look: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
+    """Reads a record; ``look`` goes over what it is to hold.
 
     Raises:
-        Problem: there is none, or it is not whole.
+        Problem: it is not whole.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Problem(f"there is no {path} yet") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Problem(f"{path} is cut short or damaged ({error}): remove it, and it is made again") from None
-    if not isinstance(record, dict):
-        raise Problem(f"{path} is not a result: remove it, and it is made again")
-    return record
+        look(record)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise Problem(f"{path} is cut short or damaged ({what}): remove it, and it is made again") from None
+    return record  # type: ignore[no-any-return]
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes all parameters and buffers, as safetensors."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write(path, lambda partial: partial.write_bytes(save(state)))
+def require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises :class:`Problem` unless a record was made with this configuration."""
+    differences = [f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]]
+    if differences:
+        raise Problem(f"{path} was made otherwise ({'; '.join(differences)}): remove it, or use another --out")
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def save_weights(model: nn.Module, path: Path) -> str:
+    """Writes all parameters and buffers, as safetensors; returns the SHA-256 of the file."""
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    write(path, lambda partial: partial.write_bytes(data))
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_weights(model: nn.Module, path: Path, sha256: str, record: Path) -> None:
     """Reads them.
 
     Raises:
-        Problem: the file is missing, damaged, or of another network.
+        Problem: the file is missing, or another one than ``record`` says.
     """
+    remedy = f"remove {record}, and it is trained again"
     try:
-        state: dict[str, Tensor] = load_file(path)
+        data = path.read_bytes()
+        state: dict[str, Tensor] = load(data)
     except (OSError, SafetensorError) as error:
-        raise Problem(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise Problem(f"cannot read {path} ({reason}): {remedy}") from None
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
-        name = wrong[0]
-        shapes = [str(tuple(held[name].shape)) if name in held else "missing" for held in (state, own)]
-        raise Problem(f"{path} is of another network or width: {name} is {shapes[0]}, and should be {shapes[1]}")
+        shapes = [str(tuple(held[wrong[0]].shape)) if wrong[0] in held else "missing" for held in (state, own)]
+        raise Problem(f"{path} is of another network or width ({wrong[0]} is {shapes[0]}, not {shapes[1]}): {remedy}")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise Problem(f"{path} is not the network of {record}: {remedy}")
     model.load_state_dict(state)
 
 
 def origin(seed: int, device: torch.device) -> dict[str, Any]:
-    """What a result was made with."""
+    """What a result is made with."""
     return {
-        "command": " ".join(["python -m examples.walter", *sys.argv[1:]]),
-        "commit": commit(),
+        "command": shlex.join(["python", "-m", "examples.walter", *sys.argv[1:]]),
+        "commit": COMMIT,
         "seed": seed,
         "versions": versions(),
         "hardware": hardware(device),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from examples.walter.results import Results
 from examples.walter.rows import ROWS
-from examples.walter.training import Session, finished, passes, seconds_a_pass
+from examples.walter.training import Context
 
 
-def remaining(session: Session) -> str:
+def remaining(context: Context) -> str:
     """One line about what is left to do."""
-    results = Results(session.folder)
-    measured = {key: record for key in ROWS if (record := results.evaluation(key)) is not None}
-    count = len(ROWS) - len(measured)
-    pace = seconds_a_pass(session)
-    if pace is None or not measured:
-        return f"{count} of {len(ROWS)} rows are left; no estimate before the first is done"
-    left = [session.scaled(row) for key, row in ROWS.items() if finished(session, key) is None]
-    each = sum(record["seconds"] for record in measured.values()) / len(measured)
-    seconds = pace * sum(row.epochs * passes(row) for row in left) + each * count
-    return f"{count} of {len(ROWS)} rows are left, about {_span(seconds)} by the pace so far"
+    results = context.results
+    measured = sum(results.evaluation(key) is not None for key in ROWS)
+    left = [context.scale.row(row) for key, row in ROWS.items() if results.training(key) is None]
+    count = f"{len(ROWS) - measured} of {len(ROWS)} rows are left"
+    chunk, epochs = results.seconds_a_chunk(), [results.seconds_an_epoch(row) for row in left]
+    if chunk is None:
+        return f"{count}; no estimate before the first is done"
+    training = sum((seconds or 0.0) * row.epochs for seconds, row in zip(epochs, left, strict=True))
+    chunks = -(-context.scale.robust // context.scale.chunk)
+    return f"{count}, about {_span(training + chunk * chunks * (len(ROWS) - measured))} by the pace so far"
 
 
 def _span(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Finished results as numbers: errors, how far apart two rows are, normalized weights."""
+"""Results as they are kept, and numbers from them: errors, how far apart two rows are, normalized weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bnsurgery import Affine, PatchError, fold_bn, load_bn_patch
-from examples.resnet import resnet20
-from examples.walter.files import Folder, Problem, read_json
+from bnsurgery.analysis import Histogram
+from examples.resnet import ResNet, resnet20
+from examples.walter.files import Folder, Pending, Problem, read_json, require_same
+from examples.walter.rows import ROWS, Row
+from examples.walter.scales import FULL, Scale
 
 PAPER_SHIFT = -0.177
 """Average difference of the normalized weights, BN PARAMS - NORMAL, in the paper."""
@@ -22,86 +25,170 @@ class Estimate:
     error: float
 
     def beyond(self, bound: float) -> float:
-        """How far above a bound, in standard errors."""
-        return (self.value - bound) / self.error if self.error else math.copysign(math.inf, self.value - bound)
+        """How far above a bound, in standard errors; 0 at the bound itself."""
+        distance = self.value - bound
+        return distance / self.error if self.error else math.copysign(math.inf, distance) if distance else 0.0
 
 
 @dataclass(frozen=True)
 class Results:
-    """What is finished of one width and seed."""
+    """What is finished of one width and seed.
+
+    Attributes:
+        folder: where.
+        scale: of the results; those of another are refused.
+    """
 
     folder: Folder
+    scale: Scale = FULL
 
-    def evaluation(self, row: str) -> dict[str, Any] | None:
-        """The record of a row's evaluation; None where there is none yet.
+    def training(self, key: str) -> dict[str, Any] | None:
+        """The record of a row's training; None where there is none yet.
 
         Raises:
-            Problem: it is damaged.
+            Problem: it is damaged, of another configuration, or of another start than is here now.
         """
-        return self._read(row, "evaluate", ("autoattack", "clean_error", "pgd20", "histograms"))
-
-    def training(self, row: str) -> dict[str, Any] | None:
-        """The record of a row's training likewise."""
-        return self._read(row, "train", ("configuration", "trains", "history"))
-
-    def _read(self, row: str, kind: str, holds: tuple[str, ...]) -> dict[str, Any] | None:
-        path = self.folder.record(row, kind)
+        path = self.folder.record(key, "train")
         if not path.exists():
             return None
-        record = read_json(path)
-        missing = [name for name in holds if name not in record]
-        if missing:
-            raise Problem(
-                f"{path} is not a whole result, it lacks {', '.join(missing)}: remove it, and it is made again"
-            )
+        record = read_json(path, _look_at_training)
+        require_same(path, record["configuration"], self.scale.of_training(ROWS[key], self.folder.width))
+        start = ROWS[key].start
+        if start is not None:
+            now = self.training(start)
+            if now is None or now["sha256"] != record["start_sha256"]:
+                what = "which is not here" if now is None else "and not from the one that is here"
+                raise Problem(f"{path} started from a network of {start}, {what}: remove it, and it is made again")
         return record
 
-    def held(self, row: str) -> list[bool]:
-        """Whether each attacked example is right under AutoAttack.
+    def evaluation(self, key: str) -> dict[str, Any] | None:
+        """The record of a row's evaluation likewise.
 
         Raises:
-            Problem: the row is not evaluated yet.
+            Problem: it is damaged, of another configuration, or of another network than is here now.
         """
-        record = self.evaluation(row)
-        if record is None:
-            raise Problem(f"{row} is not evaluated yet in {self.folder.path}")
-        return [flag == "1" for flag in record["autoattack"]["held"]]
+        path = self.folder.record(key, "evaluate")
+        if not path.exists():
+            return None
+        record = read_json(path, _look_at_evaluation)
+        require_same(path, record["configuration"], self.scale.of_evaluation(ROWS[key], self.folder.width))
+        trained = self.training(key)
+        if trained is None or trained["sha256"] != record["sha256"]:
+            raise Problem(f"{path} is of another network than {self.folder.record(key, 'train')}: remove it")
+        return record
 
-    def clean(self, row: str) -> Estimate:
-        """Clean error in percent on the most test images."""
-        record = self.evaluation(row)
+    def seconds_an_epoch(self, row: Row) -> float | None:
+        """How long an epoch of a row takes, judged by the rows that are trained; None where none is."""
+        records = self._readable("training")
+        alike = {key: record for key, record in records.items() if ROWS[key].adversarial == row.adversarial} or records
+        made = sum(ROWS[key].passes * len(record["history"]) for key, record in alike.items())
+        seconds = sum(epoch["seconds"] for record in alike.values() for epoch in record["history"])
+        return row.passes * seconds / made if made else None
+
+    def seconds_a_chunk(self) -> float | None:
+        """How long AutoAttack takes for a chunk of examples, judged by the rows that are evaluated."""
+        records = self._readable("evaluation").values()
+        chunks = [seconds for record in records for seconds in record["autoattack"]["chunk_seconds"]]
+        return sum(chunks) / len(chunks) if chunks else None
+
+    def _readable(self, kind: str) -> dict[str, dict[str, Any]]:
+        """The records that can be read; what is wrong with others is said where they matter."""
+        found = {}
+        for key in ROWS:
+            try:
+                record = getattr(self, kind)(key)
+            except Problem:
+                continue
+            if record is not None:
+                found[key] = record
+        return found
+
+    def evaluated(self, key: str) -> dict[str, Any]:
+        """The record of a row's evaluation.
+
+        Raises:
+            Problem: there is none, or as :meth:`evaluation`.
+        """
+        record = self.evaluation(key)
         if record is None:
-            raise Problem(f"{row} is not evaluated yet in {self.folder.path}")
-        count, error = max((int(count), error) for count, error in record["clean_error"].items())
+            raise Pending(f"{key} is not evaluated yet in {self.folder.path}")
+        return record
+
+    def clean(self, key: str) -> Estimate:
+        """Clean error in percent on the most test images."""
+        count, error = max((int(count), error) for count, error in self.evaluated(key)["clean_error"].items())
         share = (error * count / 100 + 1) / (count + 2)
         return Estimate(error, 100 * math.sqrt(share * (1 - share) / count))
 
-    def more_robust(self, row: str, than: str) -> Estimate:
+    def more_robust(self, key: str, than: str) -> Estimate:
         """By how many points a row's robust error is below another's, on the same examples.
 
         The standard error is that of pairs: of examples that one of the two holds and the other does not.
         """
-        pairs = list(zip(self.held(row), self.held(than), strict=True))
-        won, lost = (sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
+        flags = [self.evaluated(row)["autoattack"]["held"] for row in (key, than)]
+        pairs = list(zip(*flags, strict=True))
+        won, lost = pairs.count(("1", "0")), pairs.count(("0", "1"))
         # One more each way: with no pair that differs, as for two rows that are broken wholly, it would be 0.
         spread = (won + 1) + (lost + 1) - (won - lost) ** 2 / len(pairs)
         return Estimate(100 * (won - lost) / len(pairs), 100 * math.sqrt(spread) / len(pairs))
 
-    def folded(self, row: str) -> dict[str, Affine]:
+    def folded(self, key: str) -> dict[str, Affine]:
         """Normalized weights and biases of a row's BN layers, read from its patch.
 
         Raises:
             Problem: there is no patch, or it is damaged or of another width.
         """
-        return fold_bn(self.network(row))
+        return fold_bn(self.network(key))
 
-    def network(self, row: str) -> Any:
-        """A network with a row's BN layers; nothing else in it is the row's."""
+    def network(self, key: str) -> ResNet:
+        """A network with a row's BN layers; nothing else in it is the row's.
+
+        Raises:
+            Problem: as :meth:`folded`.
+        """
+        if self.training(key) is None:
+            raise Pending(f"{key} is not trained yet in {self.folder.path}")
         model = resnet20(self.folder.width)
         try:
-            load_bn_patch(model, self.folder.patch(row))
-        except FileNotFoundError:
-            raise Problem(f"{row} is not trained yet in {self.folder.path}: there is no BN patch") from None
-        except PatchError as error:
-            raise Problem(str(error)) from None
+            load_bn_patch(model, self.folder.patch(key))
+        except (FileNotFoundError, PatchError) as error:
+            remedy = f"remove {self.folder.record(key, 'train')}, and it is trained again"
+            raise Problem(f"{str(error).splitlines()[0]}: {remedy}") from None
         return model
+
+
+def at(record: dict[str, Any], eps: float) -> dict[str, Any]:
+    """What PGD-20 found at a radius."""
+    for found in record["pgd20"]:
+        if abs(found["eps"] - eps) < 1e-9:
+            return found  # type: ignore[no-any-return]
+    raise ValueError(f"PGD-20 was not run at eps {255 * eps:.3g}/255")
+
+
+def look_at_chunk(found: dict[str, Any]) -> None:
+    """Goes over what the record of an AutoAttack is to hold."""
+    if len(found["held"]) != found["examples"] or set(found["held"]) - {"0", "1"}:
+        raise ValueError("held does not say of each example whether it is right")
+    _ = [float(found[name]) for name in ("clean_error", "robust_error", "standard_error")]
+    for row in found["rows"]:
+        _ = row["attack"], [float(row[name]) for name in ("tried", "broken", "rejected", "seconds")]
+
+
+def _look_at_training(record: dict[str, Any]) -> None:
+    _ = record["sha256"], record["start_sha256"], record["trains"]["parameters"], record["configuration"]["width"]
+    _ = [float(epoch["seconds"]) for epoch in record["history"]], float(record["seconds"])
+
+
+def _look_at_evaluation(record: dict[str, Any]) -> None:
+    found = record["autoattack"]
+    look_at_chunk(found)
+    if found["examples"] != record["configuration"]["evaluation"]["robust"]:
+        raise ValueError(f"{found['examples']} examples were attacked")
+    _ = [float(seconds) for seconds in found["chunk_seconds"]], record["sha256"], float(record["seconds"])
+    _ = [float(record["clean_error"][str(count)]) for count in record["configuration"]["evaluation"]["clean"]]
+    for eps in record["configuration"]["evaluation"]["robust_eps"]:
+        under = at(record, eps)
+        _ = [float(under[name]) for name in ("robust_error", "standard_error", "cross_entropy")]
+        _ = float(under["cross_entropy_standard_error"])
+    for kind in ("clean", "adversarial"):
+        _ = [Histogram(**record["histograms"][kind][what]).shares for what in ("confidence", "logits")]

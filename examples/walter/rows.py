@@ -53,6 +53,19 @@ class Row:
             return None
         return PGD(self.eps, steps=10, step_size=0.007 * self.eps / EPS, best=True)
 
+    @property
+    def passes(self) -> int:
+        """Passes through the network, forward or backward, that an image takes in an epoch."""
+        attack = self.attack()
+        return 3 + (0 if attack is None else 2 * attack.steps)
+
+    @property
+    def statistics(self) -> str:
+        """What the BN statistics do in training."""
+        if self.train == "bn-params":
+            return "frozen"
+        return "reset, then updated" if self.reset else "updated"
+
     def configuration(self) -> dict[str, Any]:
         """What decides about the result, as plain values."""
         plain = asdict(self) | {"also": list(self.also), "attack": repr(self.attack()) if self.adversarial else None}

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from examples.resnet import resnet20
-from examples.walter.results import Results
+from examples.walter.results import Results, at
 from examples.walter.rows import EPS, ROWS, Row, table
-from examples.walter.training import shares, statistics
+from examples.walter.training import shares
 
 PENDING = "pending"
 TRAINS = {"all": "everything", "bn": "gamma, beta", "bn-params": "gamma, beta", "bn-stats": "nothing"}
@@ -31,7 +31,7 @@ def parameters(width: int) -> str:
             cells.append(f"{found['parameters']:,} ({found['percent']:.2f}%)")
         start = "random" if row.start is None else ROWS[row.start].name
         examples = "adversarial" if row.adversarial else "clean"
-        return [row.name, start, ", ".join([TRAINS[row.train], *row.also]), statistics(row), examples, *cells]
+        return [row.name, start, ", ".join([TRAINS[row.train], *row.also]), row.statistics, examples, *cells]
 
     head = ["row", "start", "trains", "statistics", "examples", *(f"trainable at width {at}" for at in models)]
     return markdown(head, map(line, table().values()))
@@ -39,28 +39,20 @@ def parameters(width: int) -> str:
 
 def errors(results: Results) -> str:
     """Table 2, and the paper's."""
-    counts = next((list(r["clean_error"]) for key in ROWS if (r := results.evaluation(key))), ["900", "1000", "10000"])
-    head = ["row", *(f"clean, first {int(count):,}" for count in counts), "AutoAttack", "PGD-20", "paper: clean"]
-    return markdown([*head, "paper: AutoAttack"], (_errors(results, key, row, counts) for key, row in table().items()))
+    scale = results.scale
+    head = ["row", "epochs", *(f"clean, first {count:,}" for count in scale.clean)]
+    head += [f"{attack}, first {scale.robust:,}" for attack in ("AutoAttack", "PGD-20")]
+    return markdown([*head, "paper: clean", "AutoAttack"], (_errors(results, key, row) for key, row in table().items()))
 
 
-def _errors(results: Results, key: str, row: Row, counts: Sequence[str]) -> list[str]:
-    paper = [f"{value:g}" for value in row.paper or ()]
-    record = results.evaluation(key)
+def _errors(results: Results, key: str, row: Row) -> list[str]:
+    clean, robust = row.paper or (0.0, 0.0)
+    paper = [f"{clean:.2f}", f"{robust:.1f}"]
+    record, epochs = results.evaluation(key), str(results.scale.row(row).epochs)
     if record is None:
-        return [row.name, *[PENDING] * (len(counts) + 2), *paper]
-    clean = [f"{record['clean_error'][count]:.2f}" for count in counts]
-    attacks = [f"{found['robust_error']:.1f} ± {found['standard_error']:.1f}" for found in _attacks(record)]
-    return [row.name, *clean, *attacks, *paper]
-
-
-def _attacks(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    return record["autoattack"], at(record, EPS)
-
-
-def at(record: dict[str, Any], eps: float) -> dict[str, Any]:
-    """What PGD-20 found at a radius."""
-    return next(found for found in record["pgd20"] if abs(found["eps"] - eps) < 1e-9)
+        return [row.name, epochs, *[PENDING] * (len(results.scale.clean) + 2), *paper]
+    errors = [f"{record['clean_error'][str(count)]:.2f}" for count in results.scale.clean]
+    return [row.name, epochs, *errors, _robust(record["autoattack"]), _robust(at(record, EPS)), *paper]
 
 
 def remarks(results: Results) -> str:
@@ -82,7 +74,7 @@ def remarks(results: Results) -> str:
         if record is None:
             rows.append([ROWS[key].name, *[PENDING] * 3])
             continue
-        clean = record["clean_error"][max(record["clean_error"], key=int)]
+        clean = record["clean_error"][str(max(results.scale.clean))]
         rows.append([ROWS[key].name, f"{clean:.2f}", _robust(record["autoattack"]), _loss(at(record, EPS))])
     return text + markdown(["row", "clean", "AutoAttack", "cross-entropy under PGD-20"], rows)
 

@@ -136,7 +136,7 @@ def sum_over_ranks(value: int) -> int:
 
 
 def slowest(seconds: float) -> float:
-    """The largest of what the ranks say, so that all of them do the same."""
+    """The largest of what the ranks of ``torch.distributed`` say, so that all of them do the same."""
     if not distributed():
         return seconds
     gathered: list[float] = [0.0] * dist.get_world_size()

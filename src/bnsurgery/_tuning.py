@@ -234,7 +234,8 @@ class Tuning:
                     with torch.set_grad_enabled(self.optimizer is not None):
                         logits = self._logits(x, before)
                         check_labels(y, logits)
-                        logits = logits if self._autocast is None else logits.float()
+                        if self._autocast is not None:
+                            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                         loss = self.loss(logits, y).mean()
                 if not self._backward(loss):
                     self._warn(

@@ -5,8 +5,9 @@ They hold plain numbers and tensors on the CPU; :mod:`bnsurgery.plots` draws the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnsurgery._allocator import keeping_memory
-from bnsurgery._data import Data, gather
+from bnsurgery._data import Data, check_bounds, gather
 from bnsurgery._evaluating import InPixels, Run, percent
 from bnsurgery._modes import global_state
 from bnsurgery._replicas import Replicas
-from bnsurgery.adapters import check_attack
+from bnsurgery.adapters import check_attack, describe_attack, normalises
 from bnsurgery.attacks import attacking
 from bnsurgery.engine import Engine, EngineLike, chosen_engine
+from bnsurgery.errors import BNSurgeryError
 from bnsurgery.folding import Affine
 from bnsurgery.layers import device_of, unwrap
 
@@ -80,7 +82,7 @@ def weight_shift(before: Mapping[str, Affine], after: Mapping[str, Affine]) -> W
     return WeightShift(layers, sum(layers.values()) / len(layers))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outputs:
     """What a network says of examples.
 
@@ -89,8 +91,11 @@ class Outputs:
         labels: (N,), int64, on the CPU.
     """
 
-    logits: Tensor = field(repr=False)
-    labels: Tensor = field(repr=False)
+    logits: Tensor
+    labels: Tensor
+
+    def __repr__(self) -> str:
+        return f"Outputs(logits={tuple(self.logits.shape)}, labels={tuple(self.labels.shape)})"
 
     @property
     def confidence(self) -> Tensor:
@@ -113,6 +118,9 @@ def outputs(
     data: Data,
     *,
     attack: Any = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     batch_size: int = 250,
     max_examples: int | None = None,
     seed: int = 0,
@@ -129,6 +137,9 @@ def outputs(
             held in memory.
         attack: a :class:`bnsurgery.PGD`, a torchattacks or AutoAttack object, or a callable ``attack(model, x, y)``;
             ``None``: clean examples.
+        bounds: lowest and highest valid input, in pixel units.
+        mean: per-channel mean by which ``data`` was normalised, if it was: attacks then work on the pixels.
+        std: per-channel standard deviation likewise.
         batch_size: examples run at once.
         max_examples: use the first so many examples.
         seed: seeds the attack.
@@ -140,6 +151,7 @@ def outputs(
     Raises:
         ValueError: no data, wrong shapes, labels or inputs out of range, an argument out of range.
         TypeError: ``attack`` is none.
+        BNSurgeryError: the attack returned inputs of another shape, or out of bounds.
 
     Example:
         >>> import torch
@@ -152,15 +164,24 @@ def outputs(
     for name, value in (("batch_size", batch_size), ("max_examples", max_examples)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together: give both or neither")
     if attack is not None:
         check_attack(attack)
+        if mean is not None and normalises(attack):
+            raise ValueError(
+                f"{describe_attack(attack)} has a normalisation of its own, and with outputs(mean=, std=) attacks are "
+                "given pixels: pass it without"
+            )
     switches, root = chosen_engine(engine), unwrap(model)
     with global_state(device_of(root)):
         x, y = gather(data, batch_size, max_examples)
     dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), x.dtype)
-    if (dtype, x.dtype) != (torch.float32, torch.float32):
-        root = InPixels(root, dtype, None, None)
-        x = x.float()
+    if mean is not None or (dtype, x.dtype) != (torch.float32, torch.float32):
+        root = inside = InPixels(root, dtype, mean, std)
+        x = inside.pixels(x)
+    check_bounds(x, bounds)
+    x = x.clamp(*bounds)  # rounding
     kept = keeping_memory(device_of(root), wanted=switches is not None and switches.keep_memory)
     with attacking(root), torch.autocast(device_of(root).type, enabled=False), kept:
         copies = None if switches is None else Replicas(root, switches, dtype=None, compile=False)
@@ -169,6 +190,10 @@ def outputs(
         logits = []
         for rows in torch.split(torch.arange(len(y)), batch_size):
             made = x[rows] if attack is None else run.craft(attack, rows, generator)
+            try:
+                check_bounds(made, bounds)
+            except ValueError as error:
+                raise BNSurgeryError(f"{describe_attack(attack)} returned what is no input: {error}") from None
             logits.append(run.logits(rows, made))
     return Outputs(torch.cat(logits), y)
 
@@ -226,8 +251,8 @@ def histogram(values: Tensor, *, bins: int = 40, bounds: tuple[float, float] | N
     low, high = bounds if bounds is not None else (float(flat.min()), float(flat.max()))
     if bounds is None and low == high:
         low, high = low - 0.5, high + 0.5
-    if not low < high:
-        raise ValueError(f"bounds must be (low, high) with low < high, got {bounds}")
+    if not (low < high and math.isfinite(high - low)):
+        raise ValueError(f"bounds must be finite, (low, high) with low < high, got {bounds}")
     edges = torch.linspace(low, high, bins + 1, dtype=torch.float64)
     counts = torch.histogram(flat, edges).hist
     inside = [int(count) for count in counts]

@@ -137,7 +137,8 @@ def adv_finetune(
         on_step: called after each step likewise.
         max_steps: end after so many steps.
         max_seconds: begin no epoch that, taking as long as the longest before it in this call, would end later than
-            this; the first is made in any case. With a checkpoint, another call goes on from there.
+            this; the first is made in any case. With a checkpoint, another call goes on from there. Under ``torchrun``
+            all processes stop where the first of them would.
         seed: seeds the attack and, for the length of the call, torch's, NumPy's and Python's global generators, from
             which a shuffling loader draws.
         checkpoint: a file written after each epoch; where it exists the run goes on from it.
@@ -150,7 +151,8 @@ def adv_finetune(
             slower so), else the model's own. ``"float32"``, ``"bfloat16"``, ``"float16"``: that; with a warning
             where there is no copy to attack.
         step_precision: what the training step's forward pass computes in. ``"model"``: the model's own dtype.
-            ``"bfloat16"``: bfloat16 under ``torch.autocast``, with parameters, statistics, logits and loss as they are.
+            ``"bfloat16"``: bfloat16 under ``torch.autocast``; parameters and statistics keep their dtype, and the loss
+            is computed from logits in at least float32.
             ``"auto"``: that for a float32 model where the hardware has it fast, else the model's own.
         compile: run the copy and the training step through ``torch.compile``: seconds to minutes at the start.
 
@@ -264,7 +266,7 @@ def adv_finetune(
                     _checkpoints.save(path, configuration, done, targets, chosen, device, generator)
                 now = time.perf_counter()
                 longest = max(longest, now - start)
-                late = max_seconds is not None and slowest(now - began + longest) > max_seconds
+                late = max_seconds is not None and slowest(now - began + longest - max_seconds) > 0
                 if late and ended == "epochs" and tuning.epoch < epochs:
                     ended = "max_seconds"  # which the checkpoint does not say: the run is to go on from it
     return Finetuning(tuple(history), trainable, tuning.step, train, ended)

@@ -14,6 +14,9 @@ from bnsurgery.folding import Affine
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_LINES = ("-", "--", ":", "-.")
+"""Told apart in print without colours too."""
+
 
 def plot_normalized_weights(folded: Mapping[str, Mapping[str, Affine]], *, ax: Axes | None = None) -> Axes:
     """Draws the normalized weight m of each BN layer: its mean, and the band from the 10th to the 90th percentile.
@@ -42,12 +45,13 @@ def plot_normalized_weights(folded: Mapping[str, Mapping[str, Affine]], *, ax: A
     if not counts or 0 in counts.values() or len(set(counts.values())) > 1:
         raise ValueError(f"folded must hold the same number of layers for each model, got {counts}")
     ax = _axes(ax)
-    for name, layers in folded.items():
+    for index, (name, layers) in enumerate(folded.items()):
         positions = range(1, len(layers) + 1)
         weights = [affine.weight.detach().double().cpu() for affine in layers.values()]
         levels = torch.tensor([0.1, 0.9], dtype=torch.float64)
         low, high = torch.stack([torch.quantile(weight, levels) for weight in weights]).T.tolist()
-        (line,) = ax.plot(positions, [weight.mean().item() for weight in weights], marker="o", ms=3, label=name)
+        means = [weight.mean().item() for weight in weights]
+        (line,) = ax.plot(positions, means, marker="o", ms=3, ls=_LINES[index % len(_LINES)], label=name)
         ax.fill_between(positions, low, high, color=line.get_color(), alpha=0.2, lw=0)
     ax.set(xlabel="BN layer", ylabel="normalized weight (mean, 10th to 90th percentile)")
     ax.xaxis.set_major_locator(_whole_numbers())
@@ -113,8 +117,7 @@ def plot_histograms(histograms: Mapping[str, Histogram], *, xlabel: str, ax: Axe
         raise ValueError("histograms must hold at least one, got none")
     ax = _axes(ax)
     for index, (name, found) in enumerate(histograms.items()):
-        style = ("-", "--", ":", "-.")[index % 4]  # told apart in print without colours too
-        ax.stairs(found.shares, found.edges, label=name, lw=1.5, ls=style)
+        ax.stairs(found.shares, found.edges, label=name, lw=1.5, ls=_LINES[index % len(_LINES)])
     ax.set(xlabel=xlabel, ylabel="share of values (%)")
     ax.legend()
     return ax

@@ -1,0 +1,50 @@
+"""How much is done, all of it or a little, and what together with a row decides about a result."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from examples.walter.rows import EPS, Row
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done: all of it, or just enough to see that everything runs.
+
+    Attributes:
+        batch_size: in training.
+        most_epochs: no row trains longer.
+        training: how many training images are used, the first.
+        clean: numbers of first test images that clean error is reported on.
+        robust: number of first test images that are attacked.
+        chunk: of these, how many between two looks at the clock.
+        robust_eps: radii, in pixel units of [0, 1], at which PGD-20 is run.
+    """
+
+    batch_size: int = 128
+    most_epochs: int | None = None
+    training: int = 50_000
+    clean: tuple[int, ...] = (900, 1000, 10_000)
+    robust: int = 1000
+    chunk: int = 250
+    robust_eps: tuple[float, ...] = (EPS, 4 / 255, 2 / 255, 1 / 255)
+
+    def row(self, row: Row) -> Row:
+        """The row with as many epochs as are made at this scale."""
+        return replace(row, epochs=min(row.epochs, self.most_epochs or row.epochs))
+
+    def of_training(self, row: Row, width: int) -> dict[str, Any]:
+        """What decides about the result of training a row, as plain values."""
+        more = {"width": width, "batch_size": self.batch_size, "training_images": self.training}
+        return self.row(row).configuration() | more
+
+    def of_evaluation(self, row: Row, width: int) -> dict[str, Any]:
+        """What decides about the result of evaluating a row likewise."""
+        names = ("clean", "robust", "chunk", "robust_eps")
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return self.of_training(row, width) | {"evaluation": {name: plain[name] for name in names}}
+
+
+FULL = Scale()
+QUICK = Scale(batch_size=64, most_epochs=1, training=512, clean=(64, 512), robust=16, chunk=16)
