@@ -60,6 +60,8 @@ def weight_shift(before: Mapping[str, Affine], after: Mapping[str, Affine]) -> W
 
     Example:
         >>> import torch
+        >>> from bnsurgery import fold_bn
+        >>> from bnsurgery.analysis import weight_shift
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm2d(4, eps=0.0))
         >>> before = fold_bn(model)
         >>> with torch.no_grad():
@@ -155,6 +157,8 @@ def outputs(
 
     Example:
         >>> import torch
+        >>> from bnsurgery import PGD
+        >>> from bnsurgery.analysis import outputs
         >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
         >>> x, y = torch.rand(8, 3, 2, 2), torch.arange(8)
         >>> clean, adversarial = outputs(model, (x, y)), outputs(model, (x, y), attack=PGD(eps=0.1))
@@ -239,6 +243,7 @@ def histogram(values: Tensor, *, bins: int = 40, bounds: tuple[float, float] | N
 
     Example:
         >>> import torch
+        >>> from bnsurgery.analysis import histogram
         >>> histogram(torch.tensor([0.1, 0.2, 0.9, 3.0]), bins=2, bounds=(0.0, 1.0))
         Histogram(edges=(0.0, 0.5, 1.0), counts=(2, 1), outside=1)
     """
