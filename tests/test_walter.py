@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnsurgery import PGD, evaluate, fold_bn, save_bn_patch
+from bnsurgery import PGD, evaluate, fold_bn, load_bn_patch, save_bn_patch
 
 TINY = Scale(batch_size=16, most_epochs=1, training=48, clean=(8, 24), robust=8, chunk=4)
 PAPER = {
@@ -1031,3 +1031,18 @@ def test_committed_results_are_of_the_rows_as_they_are(path: Path) -> None:
         assert record["autoattack"]["examples"] == 1000
         assert list(record["clean_error"]) == ["900", "1000", "10000"]
         assert [row["attack"] for row in record["autoattack"]["rows"]] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+PATCHES = [key for key in ROWS if (RESULTS / "w16-seed0" / f"{key}.patch.safetensors").exists()]
+
+
+@pytest.mark.parametrize("key", [key for key in PATCHES if needed([key])[0] == "normal" and not ROWS[key].also])
+def test_a_committed_patch_on_the_committed_network_has_the_recorded_error(key: str, images: data.Images) -> None:
+    model = resnet20(16)
+    model.load_state_dict(load_file(RESULTS / "w16-seed0" / "normal.safetensors"))
+    load_bn_patch(model, RESULTS / "w16-seed0" / f"{key}.patch.safetensors")
+    x, y = images.tests(512)  # the shipped sample: the first test images
+    error = evaluate(model, (x, y), attacks=(), progress=False).clean_error
+    record = json.loads((RESULTS / "w16-seed0" / f"{key}.evaluate.json").read_text("utf-8"))
+    share = record["clean_error"]["10000"] / 100
+    assert abs(error - 100 * share) < 4 * 100 * math.sqrt(share * (1 - share) / 512)
