@@ -104,7 +104,7 @@ ROWS: Mapping[str, Row] = {
 """By the name that the command line takes, each after what it starts from."""
 
 CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
-    "bn-params": tuple({"lr": lr} for lr in (0.05, 0.1, 0.2, 0.4)),
+    "bn-params": tuple({"lr": lr} for lr in (0.05, 0.1, 0.2, 0.4, 0.8)),
     "normal-bn-only": tuple({"lr": lr, "gamma": gamma} for lr in (0.05, 0.1, 0.2) for gamma in ("one", "uniform")),
 }
 """By row: the settings that are compared on training images that are left out of training, to choose among them."""
