@@ -718,7 +718,7 @@ def another_network(folder: Folder) -> None:
 
 
 def damaged_calls(folder: Folder) -> None:
-    folder.work("bn-params.calls.json").write_text("{}", encoding="utf-8")
+    folder.interim("bn-params.calls.json").write_text("{}", encoding="utf-8")
 
 
 def damaged_weights(folder: Folder) -> None:
@@ -730,13 +730,13 @@ def missing_weights(folder: Folder) -> None:
 
 
 def damaged_checkpoint(folder: Folder) -> None:
-    folder.work("bn-params.checkpoint").write_bytes(b"nothing")
+    folder.interim("bn-params.checkpoint").write_bytes(b"nothing")
 
 
 def checkpoint_of_another_width(folder: Folder) -> None:
     other = Folder(folder.root, 4, 0)
     assert walter.main(["train", "bn-params", "--quick", "--width", "4"]) == 0
-    folder.work("bn-params.checkpoint").write_bytes(other.work("bn-params.checkpoint").read_bytes())
+    folder.interim("bn-params.checkpoint").write_bytes(other.interim("bn-params.checkpoint").read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -755,9 +755,9 @@ def checkpoint_of_another_width(folder: Folder) -> None:
         (damaged_calls, "bn-params.calls.json is cut short or damaged"),
         (other_settings, "was made otherwise (lr was 0.5, is 0.05): remove it, or use another --out"),
         (other_width, "is of another network or width (conv1.weight is (4, 3, 3, 3), not (2, 3, 3, 3)): remove"),
-        (damaged_weights, "cannot read runs/walter-quick/w2-seed0/work/normal.safetensors"),
-        (missing_weights, "cannot read runs/walter-quick/w2-seed0/work/normal.safetensors"),
-        (damaged_checkpoint, "cannot read the checkpoint 'runs/walter-quick/w2-seed0/work/bn-params.checkpoint'"),
+        (damaged_weights, "cannot read runs/walter-quick/w2-seed0/interim/normal.safetensors"),
+        (missing_weights, "cannot read runs/walter-quick/w2-seed0/interim/normal.safetensors"),
+        (damaged_checkpoint, "cannot read the checkpoint 'runs/walter-quick/w2-seed0/interim/bn-params.checkpoint'"),
         (checkpoint_of_another_width, "trainable: ['norm1.weight', 4] and 41 more before, ['norm1.weight', 2] and"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -775,7 +775,7 @@ def test_what_is_damaged_or_of_another_run_is_named_and_left_alone(
     assert message in printed.err
     assert printed.err.count("\n") == 1
     assert printed.err.startswith("walter: error: ")
-    notes = {folder.work("bn-params.calls.json"), folder.work(".bn-params.lock")}  # that this call was made
+    notes = {folder.interim("bn-params.calls.json"), folder.interim(".bn-params.lock")}  # that this call was made
     assert {path: data for path, data in contents(here).items() if path.relative_to(here) not in notes} == {
         path: data for path, data in before.items() if path.relative_to(here) not in notes
     }
@@ -843,7 +843,7 @@ def test_a_damaged_evaluation_is_named_by_all_who_read_it(
 def test_a_damaged_half_of_an_evaluation_is_named(
     trained: training.Context, damage: str, few_attacks: list[int], tmp_path: Path
 ) -> None:
-    path = trained.folder.work("bn-params.autoattack.json")
+    path = trained.folder.interim("bn-params.autoattack.json")
     configuration = TINY.of_evaluation(ROWS["bn-params"], 2)
     text = {
         "cut": '{"chunks": [',

@@ -74,7 +74,7 @@ def _evaluate(context: Context, key: str) -> bool:
 
 def autoattack(context: Context, key: str, model: ResNet) -> dict[str, Any] | None:
     """Standard AutoAttack on the first test images, some of them at a time; None where the budget ends before them."""
-    path, scale = context.folder.work(f"{key}.autoattack.json"), context.scale
+    path, scale = context.folder.interim(f"{key}.autoattack.json"), context.scale
     configuration = scale.of_evaluation(ROWS[key], context.folder.width)
     sha256 = (context.results.training(key) or {})["sha256"]
     done: dict[str, Any] = {"configuration": configuration, "sha256": sha256, "chunks": [], "calls": []}

@@ -35,7 +35,7 @@ class Pending(Problem):
 
 @dataclass(frozen=True)
 class Folder:
-    """The results of one width and seed. Checkpoints and weights are in ``work``; finished results are read without.
+    """The results of one width and seed. Checkpoints and weights are in ``interim``; finished results are read without.
 
     Attributes:
         root: what ``--out`` said.
@@ -60,13 +60,13 @@ class Folder:
         """The BN patch of a row."""
         return self.path / f"{row}.patch.safetensors"
 
-    def work(self, name: str) -> Path:
+    def interim(self, name: str) -> Path:
         """A file that is needed only on the way."""
-        return self.path / "work" / name
+        return self.path / "interim" / name
 
     def weights(self, row: str) -> Path:
         """The whole network of a row."""
-        return self.work(f"{row}.safetensors")
+        return self.interim(f"{row}.safetensors")
 
     def make(self) -> None:
         """Makes the folders.
@@ -75,7 +75,7 @@ class Folder:
             Problem: they cannot be made.
         """
         try:
-            self.work("").mkdir(parents=True, exist_ok=True)
+            self.interim("").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Problem(f"--out {self.root} cannot be a folder: {error.strerror}") from None
 
@@ -92,7 +92,7 @@ class Folder:
         except ModuleNotFoundError:
             yield
             return
-        with self.work(f".{row}.lock").open("w") as file:
+        with self.interim(f".{row}.lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

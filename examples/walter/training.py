@@ -150,7 +150,7 @@ def _train(context: Context, key: str) -> bool:
     row, folder = context.scale.row(ROWS[key]), context.folder
     model = initial(context, row)
     start = None if row.start is None else context.results.training(row.start)
-    calls = _calls(folder.work(f"{key}.calls.json"), context)
+    calls = _calls(folder.interim(f"{key}.calls.json"), context)
     left = context.left
     try:
         run = tune(
@@ -158,13 +158,13 @@ def _train(context: Context, key: str) -> bool:
             row,
             model,
             context.images.first(context.scale.training),
-            checkpoint=folder.work(f"{key}.checkpoint"),
+            checkpoint=folder.interim(f"{key}.checkpoint"),
             max_seconds=None if left is None else max(left, 1e-3),
         )
     except CheckpointError as error:
         raise Problem(str(error)) from None
     except OSError as error:
-        raise Problem(f"cannot write {folder.work(f'{key}.checkpoint')}: {error.strerror or error}") from None
+        raise Problem(f"cannot write {folder.interim(f'{key}.checkpoint')}: {error.strerror or error}") from None
     if run.ended != "epochs":
         return False
     sha256 = save_weights(model, folder.weights(key))
