@@ -153,6 +153,23 @@ def test_what_is_no_input_is_refused_before_and_after_the_attack(values: float) 
         outputs(SMALL.build(), (x, y), attack=lambda model, images, labels: torch.full_like(images, values))
 
 
+def test_attacks_that_evaluate_refuses_are_refused_here_too() -> None:
+    class Around(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(2 * x)
+
+    model, normalised = SMALL.build(), {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    around = torchattacks.PGD(Around(model), steps=1)
+    with pytest.raises(ValueError, match="is bound to a module around the model"):
+        outputs(model, data(4), attack=around, **normalised)
+    with pytest.raises(ValueError, match=r"with outputs\(mean=, std=\) attacks are given pixels: pass it without"):
+        outputs(model, data(4), attack=PGD(mean=(0.5,) * 3, std=(0.5,) * 3), **normalised)
+
+
 def test_outputs_show_their_shapes() -> None:
     assert repr(outputs(SMALL.build(), data(4))) == "Outputs(logits=(4, 10), labels=(4,))"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bnsurgery._allocator import keeping_memory
 from bnsurgery._copies import rounding
-from bnsurgery._data import check_labels
+from bnsurgery._data import Data, check_bounds, check_labels, gather
 from bnsurgery._geometry import Norm, column, distance
 from bnsurgery._modes import global_state
 from bnsurgery._packing import Inside, Packed
@@ -27,13 +29,15 @@ from bnsurgery.adapters import (
     check_attack,
     craft,
     describe_attack,
+    is_around,
     is_autoattack,
     normalises,
     threat_of,
 )
-from bnsurgery.attacks import PGD
+from bnsurgery.attacks import PGD, attacking
+from bnsurgery.engine import Engine
 from bnsurgery.errors import BNSurgeryWarning
-from bnsurgery.layers import device_of
+from bnsurgery.layers import device_of, unwrap
 
 Build = Callable[["Run", int], Any]
 """The evaluation and a seed to an attack."""
@@ -49,11 +53,8 @@ def plan(
     for attack in attacks:
         if not isinstance(attack, str):
             check_attack(attack)
-            if normalised and normalises(attack):
-                raise ValueError(
-                    f"{describe_attack(attack)} has a normalisation of its own, and with evaluate(mean=, std=) attacks "
-                    "are given pixels: pass it without"
-                )
+            if normalised:
+                refuse_normalising(attack, "evaluate")
             threat = threat_of(attack)
             if threat is not None and (threat[1] != norm or threat[0] < eps * (1 - 1e-6)):
                 warnings.warn(
@@ -77,6 +78,15 @@ def plan(
     if bounds != (0.0, 1.0) and any(isinstance(a, str) and not a.startswith("pgd") for a in attacks):
         raise ValueError(f"AutoAttack knows inputs in [0, 1] alone, got bounds={bounds}: rescale the data or use PGD")
     return plans
+
+
+def refuse_normalising(attack: Any, function: str) -> None:
+    """Raises :class:`ValueError` where an attack would undo the normalisation of ``mean=`` and ``std=`` once more."""
+    if normalises(attack):
+        raise ValueError(
+            f"{describe_attack(attack)} has a normalisation of its own, and with {function}(mean=, std=) attacks are "
+            "given pixels: pass it without"
+        )
 
 
 def _autoattack_part(part: str, eps: float, norm: Norm) -> Build:
@@ -155,17 +165,74 @@ class InPixels(nn.Module):
         return [values.to(x.device, dtype).view(-1, *[1] * (x.dim() - 2)) for values in (self.mean, self.std)]
 
 
+@contextmanager
+def running(
+    model: nn.Module,
+    data: Data,
+    *,
+    bounds: tuple[float, float],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    batch_size: int,
+    max_examples: int | None,
+    switches: Engine | None,
+    compile: bool = False,  # noqa: A002 - the public name
+) -> Iterator[Run]:
+    """The examples checked and in pixels, and the model ready to be attacked, for the block.
+
+    Raises:
+        ValueError: as :func:`bnsurgery.evaluate` says of the data and of these arguments.
+    """
+    for name, value in (("batch_size", batch_size), ("max_examples", max_examples)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together: give both or neither")
+    root = unwrap(model)
+    device = device_of(root)
+    with global_state(device):
+        x, y = gather(data, batch_size, max_examples)
+    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), x.dtype)
+    inside = None
+    if mean is not None or (dtype, x.dtype) != (torch.float32, torch.float32):
+        root = inside = InPixels(root, dtype, mean, std)
+        x = inside.pixels(x)
+    check_bounds(x, bounds)
+    x = x.clamp(*bounds)  # rounding: attacks and the check of what they return take the bounds at their word
+    kept = keeping_memory(device, wanted=switches is not None and switches.keep_memory)
+    with attacking(root), torch.autocast(device.type, enabled=False), kept:
+        copies = None if switches is None else Replicas(root, switches, dtype=None, compile=compile)
+        yield Run(root, x, y, batch_size, copies, inside)
+
+
 class Run:
     """One evaluation: the examples, what is still right, and what broke the others."""
 
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, batch_size: int, replicas: Replicas | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        replicas: Replicas | None,
+        inside: InPixels | None,
+    ) -> None:
         """Attacks run on a copy of the model where there are ``replicas`` and the attack can."""
+        self.inside = inside
         self.model, self.x, self.y, self.batch_size = model, x, y, batch_size
         self._replicas = replicas
         self.device = device_of(model)
         self.adversarial = x.clone()
         self.robust = torch.ones(len(y), dtype=torch.bool)
         self.classes = 0
+
+    def refuse_around(self, name: str, attack: Any) -> None:
+        """Raises :class:`ValueError` where an attack would leave out what takes the model's inputs from pixels."""
+        if self.inside is not None and is_around(attack, self.inside.model):
+            raise ValueError(
+                f"{name} is bound to a module around the model, which cannot be kept where the model takes other "
+                "inputs than float32 pixels (mean=, std=, its dtype): bind it to the model itself"
+            )
 
     def clean(self) -> Tensor:
         """Whether each example is right without an attack, bool (N,)."""

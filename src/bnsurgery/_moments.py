@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bnsurgery.layers import widest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,7 @@ def over_ranks(value: dict[Any, Moments], device: torch.device) -> dict[Any, Mom
     """The moments of all ranks of ``torch.distributed`` merged, key by key, in the order of the ranks."""
     if not distributed():
         return value
-    gathered: list[dict[Any, Moments]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, {key: moments.to(torch.device("cpu")) for key, moments in value.items()})
+    gathered = _of_all_ranks({key: moments.to(torch.device("cpu")) for key, moments in value.items()})
     total: dict[Any, Moments] = {}
     for part in gathered:
         for key, moments in part.items():
@@ -128,20 +129,21 @@ def over_ranks(value: dict[Any, Moments], device: torch.device) -> dict[Any, Mom
 
 def sum_over_ranks(value: int) -> int:
     """The sum of a count over all ranks."""
-    if not distributed():
-        return value
-    gathered: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return sum(gathered)
+    return sum(_of_all_ranks(value))
 
 
 def slowest(seconds: float) -> float:
     """The largest of what the ranks of ``torch.distributed`` say, so that all of them do the same."""
+    return max(_of_all_ranks(seconds))
+
+
+def _of_all_ranks(value: T) -> list[T]:
+    """What each rank says, in their order; of one process alone, what it says."""
     if not distributed():
-        return seconds
-    gathered: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(gathered, seconds)
-    return max(gathered)
+        return [value]
+    gathered = [value] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def distributed() -> bool:

@@ -14,17 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnsurgery._allocator import keeping_memory
-from bnsurgery._data import Data, check_bounds, gather
-from bnsurgery._evaluating import InPixels, Run, percent
-from bnsurgery._modes import global_state
-from bnsurgery._replicas import Replicas
-from bnsurgery.adapters import check_attack, describe_attack, normalises
-from bnsurgery.attacks import attacking
+from bnsurgery._data import Data, check_bounds
+from bnsurgery._evaluating import percent, refuse_normalising, running
+from bnsurgery.adapters import check_attack, describe_attack
 from bnsurgery.engine import Engine, EngineLike, chosen_engine
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.folding import Affine
-from bnsurgery.layers import device_of, unwrap
 
 __all__ = ["Histogram", "Outputs", "WeightShift", "histogram", "outputs", "weight_shift"]
 
@@ -151,7 +146,8 @@ def outputs(
         Logits and labels; confidence, cross-entropy and error follow from them.
 
     Raises:
-        ValueError: no data, wrong shapes, labels or inputs out of range, an argument out of range.
+        ValueError: no data, wrong shapes, labels or inputs out of range, an argument out of range, an attack that
+            normalises by itself or is bound to a module around the model, where :func:`bnsurgery.evaluate` refuses it.
         TypeError: ``attack`` is none.
         BNSurgeryError: the attack returned inputs of another shape, or out of bounds.
 
@@ -165,41 +161,33 @@ def outputs(
         >>> bool(adversarial.loss.mean() > clean.loss.mean())
         True
     """
-    for name, value in (("batch_size", batch_size), ("max_examples", max_examples)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std go together: give both or neither")
     if attack is not None:
         check_attack(attack)
-        if mean is not None and normalises(attack):
-            raise ValueError(
-                f"{describe_attack(attack)} has a normalisation of its own, and with outputs(mean=, std=) attacks are "
-                "given pixels: pass it without"
-            )
-    switches, root = chosen_engine(engine), unwrap(model)
-    with global_state(device_of(root)):
-        x, y = gather(data, batch_size, max_examples)
-    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), x.dtype)
-    if mean is not None or (dtype, x.dtype) != (torch.float32, torch.float32):
-        root = inside = InPixels(root, dtype, mean, std)
-        x = inside.pixels(x)
-    check_bounds(x, bounds)
-    x = x.clamp(*bounds)  # rounding
-    kept = keeping_memory(device_of(root), wanted=switches is not None and switches.keep_memory)
-    with attacking(root), torch.autocast(device_of(root).type, enabled=False), kept:
-        copies = None if switches is None else Replicas(root, switches, dtype=None, compile=False)
-        run = Run(root, x, y, batch_size, copies)
+        if mean is not None:
+            refuse_normalising(attack, "outputs")
+    ready = running(
+        model,
+        data,
+        bounds=bounds,
+        mean=mean,
+        std=std,
+        batch_size=batch_size,
+        max_examples=max_examples,
+        switches=chosen_engine(engine),
+    )
+    with ready as run:
+        if attack is not None:
+            run.refuse_around(describe_attack(attack), attack)
         generator = torch.Generator().manual_seed(seed)
         logits = []
-        for rows in torch.split(torch.arange(len(y)), batch_size):
-            made = x[rows] if attack is None else run.craft(attack, rows, generator)
+        for rows in torch.split(torch.arange(len(run.y)), batch_size):
+            made = run.x[rows] if attack is None else run.craft(attack, rows, generator)
             try:
                 check_bounds(made, bounds)
             except ValueError as error:
                 raise BNSurgeryError(f"{describe_attack(attack)} returned what is no input: {error}") from None
             logits.append(run.logits(rows, made))
-    return Outputs(torch.cat(logits), y)
+    return Outputs(torch.cat(logits), run.y)
 
 
 @dataclass(frozen=True)

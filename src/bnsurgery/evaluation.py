@@ -7,19 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from bnsurgery._allocator import keeping_memory
-from bnsurgery._data import Data, check_bounds, check_eps, gather
-from bnsurgery._evaluating import AttackRow, InPixels, Run, percent, plan
+from bnsurgery._data import Data, check_eps
+from bnsurgery._evaluating import AttackRow, percent, plan, running
 from bnsurgery._geometry import Norm, check_norm
-from bnsurgery._modes import global_state
-from bnsurgery._replicas import Replicas
-from bnsurgery.adapters import is_around
-from bnsurgery.attacks import attacking
 from bnsurgery.engine import Engine, EngineLike, chosen_engine
-from bnsurgery.layers import device_of, unwrap
 
 __all__ = ["AttackRow", "Evaluation", "evaluate"]
 
@@ -146,45 +139,32 @@ def evaluate(
     """
     check_norm(norm)
     check_eps(eps, norm, bounds)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if max_examples is not None and max_examples < 1:
-        raise ValueError(f"max_examples must be at least 1, got {max_examples}")
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std go together: give both or neither")
-    root = unwrap(model)
-    switches = chosen_engine(engine)
     plans = plan(attacks, eps, norm, bounds, normalised=mean is not None)
-    with global_state(device_of(root)):
-        x, y = gather(data, batch_size, max_examples)
-    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), x.dtype)
-    inside = None
-    if mean is not None or (dtype, x.dtype) != (torch.float32, torch.float32):
-        root = inside = InPixels(root, dtype, mean, std)
-        x = inside.pixels(x)
-    check_bounds(x, bounds)
-    x = x.clamp(*bounds)  # rounding: attacks and the check of what they return take the bounds at their word
-    kept = keeping_memory(device_of(root), wanted=switches is not None and switches.keep_memory)
-    with attacking(root), torch.autocast(device_of(root).type, enabled=False), kept:
-        copies = None if switches is None else Replicas(root, switches, dtype=None, compile=compile)
-        run = Run(root, x, y, batch_size, copies)
+    ready = running(
+        model,
+        data,
+        bounds=bounds,
+        mean=mean,
+        std=std,
+        batch_size=batch_size,
+        max_examples=max_examples,
+        switches=chosen_engine(engine),
+        compile=compile,
+    )
+    with ready as run:
         correct = run.clean()
         run.robust = correct.clone()
         rows = []
         built = [(name, build(run, seed)) for name, build in plans]
         for name, attack in built:
-            if inside is not None and is_around(attack, inside.model):
-                raise ValueError(
-                    f"{name} is bound to a module around the model, which cannot be kept where the model takes other "
-                    "inputs than float32 pixels (mean=, std=, its dtype): bind it to the model itself"
-                )
+            run.refuse_around(name, attack)
         for name, attack in built:
             rows.append(run.attack(name, attack, eps, norm, bounds, seed, progress))
     made = None
     if keep_adversarial:
-        made = run.adversarial if inside is None else inside.inputs(run.adversarial)
+        made = run.adversarial if run.inside is None else run.inside.inputs(run.adversarial)
     return Evaluation(
-        examples=len(y),
+        examples=len(run.y),
         clean_error=percent(~correct),
         robust_error=percent(~run.robust),
         rows=tuple(rows),
