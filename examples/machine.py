@@ -1,7 +1,8 @@
-"""What a result was made with: versions, hardware, commit."""
+"""What a result is made on and with: device, versions, hardware, commit."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -39,6 +40,17 @@ def hardware(device: torch.device | None = None) -> str:
     text = f"{name}, {torch.get_num_threads()} threads{', ' if extras else ''}{' '.join(extras)}"
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return f"{text}; {torch.cuda.get_device_name(device)}" if cuda else text
+
+
+def device(text: str) -> torch.device:
+    """What ``--device`` says; for :mod:`argparse`, which turns the error into its own message."""
+    try:
+        chosen = torch.device(text)
+        torch.ones(1, device=chosen).item()
+    except Exception as error:  # whatever a backend raises
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} is not available here: {reason}") from None
+    return chosen
 
 
 def commit() -> str | None:

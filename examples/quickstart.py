@@ -28,6 +28,7 @@ import bnsurgery
 from bnsurgery import PGD, adv_finetune, evaluate, fold_bn, freeze_except_bn, save_bn_patch
 from bnsurgery.plots import plot_errors, plot_normalized_weights
 from cifar10 import Batches, floats, full, sample
+from machine import device
 from resnet import ResNet, resnet20
 
 EPS = 8 / 255
@@ -73,16 +74,6 @@ def rate(text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
     return value
-
-
-def device(text: str) -> torch.device:
-    try:
-        chosen = torch.device(text)
-        torch.ones(1, device=chosen).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise argparse.ArgumentTypeError(f"{text!r} is not available here: {reason}") from None
-    return chosen
 
 
 def network(path: Path | None, width: int) -> ResNet:

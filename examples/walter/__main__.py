@@ -20,6 +20,7 @@ from typing import NoReturn
 
 import torch
 
+from examples.machine import device
 from examples.walter import checks, choosing, data, evaluating, figures, planning, tables, training
 from examples.walter.files import Folder, Problem, write
 from examples.walter.results import Results
@@ -81,16 +82,6 @@ def minutes(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, got {text!r}")
     return value
-
-
-def device(text: str) -> torch.device:
-    try:
-        chosen = torch.device(text)
-        torch.ones(1, device=chosen).item()
-    except Exception as error:  # whatever a backend raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise argparse.ArgumentTypeError(f"{text!r} is not available here: {reason}") from None
-    return chosen
 
 
 def context(args: argparse.Namespace, began: float) -> training.Context:

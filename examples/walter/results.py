@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bnsurgery import Affine, PatchError, fold_bn, load_bn_patch
@@ -49,12 +51,9 @@ class Results:
             Problem: it is damaged, of another configuration, or of another start than is here now.
         """
         path = self.folder.record(key, "train")
-        if not path.exists():
-            return None
-        record = read_json(path, _look_at_training)
-        require_same(path, record["configuration"], self.scale.of_training(ROWS[key], self.folder.width))
+        record = _kept(path, _look_at_training, self.scale.of_training(ROWS[key], self.folder.width))
         start = ROWS[key].start
-        if start is not None:
+        if record is not None and start is not None:
             now = self.training(start)
             if now is None or now["sha256"] != record["start_sha256"]:
                 what = "which is not here" if now is None else "and not from the one that is here"
@@ -68,10 +67,9 @@ class Results:
             Problem: it is damaged, of another configuration, or of another network than is here now.
         """
         path = self.folder.record(key, "evaluate")
-        if not path.exists():
+        record = _kept(path, _look_at_evaluation, self.scale.of_evaluation(ROWS[key], self.folder.width))
+        if record is None:
             return None
-        record = read_json(path, _look_at_evaluation)
-        require_same(path, record["configuration"], self.scale.of_evaluation(ROWS[key], self.folder.width))
         trained = self.training(key)
         if trained is None or trained["sha256"] != record["sha256"]:
             raise Problem(f"{path} is of another network than {self.folder.record(key, 'train')}: remove it")
@@ -155,6 +153,15 @@ class Results:
             remedy = f"remove {self.folder.record(key, 'train')}, and it is trained again"
             raise Problem(f"{str(error).splitlines()[0]}: {remedy}") from None
         return model
+
+
+def _kept(path: Path, look: Callable[[dict[str, Any]], object], now: dict[str, Any]) -> dict[str, Any] | None:
+    """A record of the configuration ``now``; None where there is none yet."""
+    if not path.exists():
+        return None
+    record = read_json(path, look)
+    require_same(path, record["configuration"], now)
+    return record
 
 
 def at(record: dict[str, Any], eps: float) -> dict[str, Any]:
