@@ -891,7 +891,7 @@ def test_a_file_of_one_row_does_not_stop_another(images: data.Images, tmp_path: 
         (["train"], "no row given: train takes one of normal, normal-bn-only,"),
         (["train", "BN"], "unknown row 'BN': train takes one of normal, normal-bn-only,"),
         (["evaluate", "x"], "unknown row 'x': evaluate takes one of normal,"),
-        (["choose", "adv"], "unknown row 'adv': choose takes one of bn-params, normal-bn-only"),
+        (["choose", "adv"], "unknown row 'adv': choose takes one of bn-params, bn-only-params, bn-params-"),
         (["table", "adv"], "table takes no row, got 'adv'"),
         (["all", "--budget", "0"], "argument --budget: must be a number of minutes above 0, got '0'"),
         (["all", "--budget", "nan"], "argument --budget: must be a number of minutes above 0, got 'nan'"),

@@ -74,7 +74,7 @@ class Row:
 
 _BASE = Row("NORMAL", None, "all", adversarial=False, epochs=60)
 _STATS = Row("BN STATS (no reset)", "normal", "bn-stats", adversarial=True, epochs=1)
-_BN = Row("BN PARAMS", "normal", "bn", adversarial=True, epochs=12)
+_BN = Row("BN PARAMS", "normal", "bn", adversarial=True, epochs=12, lr=0.4)
 _BOTH_ENDS = ("conv1", "logits")
 
 ROWS: Mapping[str, Row] = {
@@ -105,6 +105,8 @@ ROWS: Mapping[str, Row] = {
 
 CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "bn-params": tuple({"lr": lr} for lr in (0.05, 0.1, 0.2, 0.4, 0.8)),
+    "bn-only-params": tuple({"lr": lr} for lr in (0.1, 0.2, 0.4)),
+    "bn-params-log-conv1": tuple({"lr": lr} for lr in (0.1, 0.2, 0.4)),
     "normal-bn-only": tuple({"lr": lr, "gamma": gamma} for lr in (0.05, 0.1, 0.2) for gamma in ("one", "uniform")),
 }
 """By row: the settings that are compared on training images that are left out of training, to choose among them."""
