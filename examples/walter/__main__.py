@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="walter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=list(COMMANDS))
-    parser.add_argument("row", nargs="?", help=f"for train and evaluate: {', '.join(ROWS)}")
+    parser.add_argument("row", nargs="?", help=f"for train, evaluate and choose: {', '.join(ROWS)}")
     parser.add_argument("--data", type=Path, default=Path("runs/cifar10"), help="CIFAR-10; downloaded to a new folder")
     parser.add_argument("--out", type=Path, help="where results go (runs/walter)")
     parser.add_argument("--width", type=width, help="base width of the ResNet-20; the paper's is 64 (16)")
