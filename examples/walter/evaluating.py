@@ -19,7 +19,7 @@ from examples.walter.results import look_at_chunk
 from examples.walter.rows import EPS, ROWS
 from examples.walter.training import Context, network
 
-CONFIDENCES, LOGITS = (0.0, 1.0), (-20.0, 20.0)
+CONFIDENCES, LOGITS = (0.0, 1.0), (-40.0, 40.0)
 """Bounds of the histograms of Figure 3."""
 
 
@@ -172,5 +172,5 @@ def histograms(made: Outputs) -> dict[str, Any]:
     """Figure 3: confidences and logits."""
     return {
         "confidence": histogram(made.confidence, bins=20, bounds=CONFIDENCES).record(),
-        "logits": histogram(made.logits, bins=40, bounds=LOGITS).record(),
+        "logits": histogram(made.logits, bins=80, bounds=LOGITS).record(),
     }
