@@ -105,7 +105,7 @@ ROWS: Mapping[str, Row] = {
 
 CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "bn-params": tuple({"lr": lr} for lr in (0.05, 0.1, 0.2, 0.4, 0.8)),
-    "bn-only-params": tuple({"lr": lr} for lr in (0.001, 0.003, 0.01, 0.03, 0.1)),
+    "bn-only-params": tuple({"lr": lr} for lr in (0.0001, 0.0003, 0.001, 0.003, 0.01)),
     "bn-params-log-conv1": tuple({"lr": lr} for lr in (0.1, 0.2, 0.4)),
     "normal-bn-only": tuple({"lr": lr, "gamma": gamma} for lr in (0.05, 0.1, 0.2) for gamma in ("one", "uniform")),
 }
