@@ -92,7 +92,7 @@ ROWS: Mapping[str, Row] = {
     "bn-stats-reset": replace(_STATS, name="BN STATS (reset)", reset=True, paper=(6.33, 99.6)),
     "bn-only-params": replace(_BN, name="BN ONLY PARAMS", train="bn-params", lr=0.0003, paper=(77.11, 85.3)),
     "bn-params": replace(_BN, paper=(29.67, 70.5)),
-    "bn-params-log-conv1": replace(_BN, name="BN PARAMS +log+conv1", also=_BOTH_ENDS, paper=(26.89, 68.2)),
+    "bn-params-log-conv1": replace(_BN, name="BN PARAMS +log+conv1", also=_BOTH_ENDS, lr=0.2, paper=(26.89, 68.2)),
     # Not in the table: remarks of the text, and whether the rows have settled.
     "bn-stats-eps4": replace(_STATS, name="BN STATS (no reset), eps 4/255", eps=4 / 255),
     "bn-stats-eps2": replace(_STATS, name="BN STATS (no reset), eps 2/255", eps=2 / 255),
