@@ -348,6 +348,84 @@ def test_the_steps_of_the_paper() -> None:
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
+# The attack's strength.
+
+
+class Weighed(PGD):
+    """Remembers its strength in each call."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)
+        self.seen: list[tuple[float, float]] = []
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, **options: object) -> Tensor:
+        self.seen.append((self.eps, self.step_size))
+        return super().__call__(model, x, y, **options)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+def test_the_attack_grows_over_the_first_epochs(warmup: int) -> None:
+    attack = Weighed(0.04, 2, 0.02)
+    tune(SMALL.build(), batches(2, 2), epochs=4, attack=attack, eps_warmup=warmup)
+    shares = {0: (1, 1, 1, 1), 1: (1 / 2, 1, 1, 1), 3: (1 / 4, 2 / 4, 3 / 4, 1)}[warmup]
+    expected = [(0.04 * share, 0.02 * share) for share in shares for _ in range(2)]
+    assert [value for call in attack.seen for value in call] == pytest.approx([v for call in expected for v in call])
+    assert (attack.eps, attack.step_size) == (0.04, 0.02)
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_warm_up_is_runs_with_attacks_of_growing_strength(engine: str, norm: str) -> None:
+    options = {"train": "bn-params", "momentum": 0.0, "schedule": "constant", "engine": engine}
+    options |= {"precision": "float32"} if engine == "fast" else {}
+    data, chained, model = batches(4, 4), SMALL.build(), SMALL.build()
+    for share in (1 / 3, 2 / 3, 1):
+        weaker = PGD(share * 0.1, 3, share * 0.04, norm, random_start=False)
+        tune(chained, data, attack=weaker, **options)
+    tune(model, data, epochs=3, eps_warmup=2, attack=PGD(0.1, 3, 0.04, norm, random_start=False), **options)
+    torch.testing.assert_close(model.state_dict(), chained.state_dict(), rtol=1e-6, atol=1e-7)
+    at_once = SMALL.build()
+    tune(at_once, data, epochs=3, attack=PGD(0.1, 3, 0.04, norm, random_start=False), **options)
+    assert values(at_once) != values(model)
+
+
+def test_a_callback_may_change_the_attack_during_the_warm_up() -> None:
+    attack = Weighed(0.04, 2, 0.02)
+
+    def halve(record: EpochRecord, _: nn.Module) -> None:
+        assert attack.eps == 0.04 / 2**record.epoch
+        attack.eps /= 2
+
+    tune(SMALL.build(), batches(2), epochs=3, attack=attack, eps_warmup=1, callbacks=halve)
+    assert attack.seen == [(0.02, 0.01), (0.02, 0.02), (0.01, 0.02)]
+    assert (attack.eps, attack.step_size) == (0.005, 0.02)
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+def test_an_attack_that_fails_while_it_is_weak_is_as_before(engine: str) -> None:
+    def fails(logits: Tensor, y: Tensor) -> Tensor:
+        raise Stop
+
+    attack = PGD(0.04, 2, 0.02, loss=fails)
+    with pytest.raises(Stop):
+        tune(SMALL.build(), batches(2), epochs=2, attack=attack, eps_warmup=1, engine=engine)
+    assert (attack.eps, attack.step_size) == (0.04, 0.02)
+
+
+def test_a_warm_up_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    options = {"epochs": 4, "eps_warmup": 2}
+    whole = noisy_model()
+    expected = tune(whole, augmented(), attack=PGD(0.2, 2, 0.1), **options)
+    for _ in range(4):
+        model = noisy_model()
+        found = tune(
+            model, augmented(), attack=PGD(0.2, 2, 0.1), checkpoint=tmp_path / "c", max_seconds=1e-9, **options
+        )
+    assert found.ended == "epochs"
+    assert values(model) == values(whole)
+    assert [record.loss for record in found.history] == [record.loss for record in expected.history]
+
+
 # It works.
 
 
@@ -1001,6 +1079,10 @@ def test_a_finished_checkpoint_returns_at_once(tmp_path: Path, ended: str) -> No
         ({"schedule": "cosine"}, "schedule was 'step', is 'cosine'"),
         ({"schedule": lambda t: 1.0}, "schedule was 'step', is 'function'"),
         ({"attack": None}, "attack was \"PGD(eps=0.0313725, steps=2, step_size=0.0156863, norm='linf')\", is"),
+        (
+            {"eps_warmup": 1},
+            "norm='linf')\", is \"PGD(eps=0.0313725, steps=2, step_size=0.0156863, norm='linf'), eps_w",
+        ),
         ({"max_steps": 3}, "max_steps was None, is 3"),
         ({"optimizer": adam}, "optimizer was 'SGD', is 'Adam'"),
         ({"train": "bn-params"}, "train was 'bn', is 'bn-params'"),
@@ -1294,6 +1376,20 @@ BATCH = "data must yield pairs (x, y) of tensors, got "
             [(X, Y)],
             {"step_precision": "float16"},
             "step_precision must be one of 'model', 'auto', 'bfloat16', got 'float16'",
+        ),
+        (
+            [(X, Y)],
+            {"eps_warmup": 1},
+            "eps_warmup must be a whole number from 0 to below epochs=1, got 1",
+        ),
+        ([(X, Y)], {"eps_warmup": -1}, "eps_warmup must be a whole number from 0 to below epochs=1, got -1"),
+        ([(X, Y)], {"eps_warmup": 0.5}, "eps_warmup must be a whole number from 0 to below epochs=1, got 0.5"),
+        ([(X, Y)], {"eps_warmup": math.nan}, "eps_warmup must be a whole number from 0 to below epochs=1, got nan"),
+        ([(X, Y)], {"eps_warmup": 1, "epochs": 2, "attack": None}, "eps_warmup goes with a PGD as attack, got None"),
+        (
+            [(X, Y)],
+            {"eps_warmup": 1, "epochs": 2, "attack": torchattacks.FGSM(SMALL.build())},
+            "eps_warmup goes with a PGD as attack, got torchattacks.FGSM",
         ),
         ([(X, Y)], {"clean_fraction": 1.5}, "clean_fraction must lie in [0, 1], got 1.5"),
         ([(X, Y)], {"clean_fraction": -0.1}, "clean_fraction must lie in [0, 1], got -0.1"),

@@ -93,7 +93,7 @@ def changes(key: str, model: nn.Module) -> set[str]:
     ends = {"conv1.weight", "logits.weight", "logits.bias"}
     if key in ("normal", "adv"):
         return everything
-    if key == "bn-only-params":
+    if key.startswith("bn-only-params"):
         return parameters
     if key == "bn-stats-log":
         return statistics | {"logits.weight", "logits.bias"}
@@ -156,6 +156,15 @@ def test_table_1_at_the_papers_width() -> None:
     assert "| BN PARAMS | NORMAL | gamma, beta | updated | adversarial | 1,568 (0.58%) | 6,272 (0.14%) |" in text
     assert "| BN ONLY PARAMS | NORMAL | gamma, beta | frozen | adversarial |" in text
     assert "| ADV | random | everything | updated | adversarial |" in text
+
+
+def test_a_row_is_attacked_ever_harder_where_it_says_so() -> None:
+    row = ROWS["bn-only-params-warm"]
+    assert row.configuration()["attack"] == f"{row.attack()!r}, eps_warmup={row.eps_warmup}"
+    assert row.configuration() | {"attack": repr(row.attack())} == replace(row, eps_warmup=0).configuration()
+    assert [row.shortened(epochs).eps_warmup for epochs in (1, 2, 3, 12, 99)] == [0, 1, 2, 4, 4]
+    assert ROWS["bn-only-params"].eps_warmup == 0
+    assert "eps_warmup" not in str([other.configuration() for other in table().values()])
 
 
 def test_gamma_can_start_as_frankle_et_al_start_it(trained: training.Context) -> None:
@@ -630,7 +639,7 @@ def test_all_runs_every_row_in_order_and_then_has_nothing_to_do(
         row.name for row in ROWS.values()
     ]
     assert "no estimate before the first is done" in printed
-    assert "[17 of 17] BN PARAMS, twice the epochs; 1 of 17 rows are left, about " in printed
+    assert "[18 of 18] BN PARAMS, twice the epochs; 1 of 18 rows are left, about " in printed
     made = contents(here)
     folder = here / "runs" / "walter-quick" / "w2-seed0"
     assert {path.name for path in folder.glob("*.png")} == {"figure1.png", "figure2.png", "figure3.png"}
@@ -891,7 +900,10 @@ def test_a_file_of_one_row_does_not_stop_another(images: data.Images, tmp_path: 
         (["train"], "no row given: train takes one of normal, normal-bn-only,"),
         (["train", "BN"], "unknown row 'BN': train takes one of normal, normal-bn-only,"),
         (["evaluate", "x"], "unknown row 'x': evaluate takes one of normal,"),
-        (["choose", "adv"], "unknown row 'adv': choose takes one of bn-params, bn-only-params, bn-params-"),
+        (
+            ["choose", "adv"],
+            "unknown row 'adv': choose takes one of bn-params, bn-only-params, bn-only-params-warm, bn-params-",
+        ),
         (["table", "adv"], "table takes no row, got 'adv'"),
         (["all", "--budget", "0"], "argument --budget: must be a number of minutes above 0, got '0'"),
         (["all", "--budget", "nan"], "argument --budget: must be a number of minutes above 0, got 'nan'"),

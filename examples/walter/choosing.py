@@ -34,7 +34,7 @@ def choose(context: Context, key: str) -> tuple[str, bool]:
     lines, longest = [f"{'setting':32} clean error   robust error (PGD-20)"], 0.0
     with context.folder.locked(f"{key}-choose"):
         for settings in CHOICES[key]:
-            row = replace(ROWS[key], epochs=epochs, **settings)
+            row = replace(ROWS[key].shortened(epochs), **settings)
             name = "-".join(f"{option}{value}" for option, value in settings.items())
             path = context.folder.record(f"{key}-{name}", "choose")
             configuration = row.configuration() | {"held_out": held, "training_images": training}

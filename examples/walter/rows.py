@@ -30,6 +30,7 @@ class Row:
         lr: initial learning rate of SGD with Nesterov momentum 0.9, which falls to 0 along a cosine.
         weight_decay: on all that trains.
         eps: radius of the attack in training, in pixel units of [0, 1].
+        eps_warmup: number of first epochs over which it grows to that.
         gamma: initial value of gamma in a random network: 1, or drawn from U(0, 1) as by Frankle et al. (2021).
         paper: clean and robust error in the paper's Table 2; None: the row is not in the table.
     """
@@ -44,6 +45,7 @@ class Row:
     lr: float = 0.05
     weight_decay: float = 5e-4
     eps: float = EPS
+    eps_warmup: int = 0
     gamma: Literal["one", "uniform"] = "one"
     paper: tuple[float, float] | None = None
 
@@ -52,6 +54,10 @@ class Row:
         if not self.adversarial:
             return None
         return PGD(self.eps, steps=10, step_size=0.007 * self.eps / EPS, best=True)
+
+    def shortened(self, epochs: int) -> Row:
+        """The row with so many epochs, of which the last is at the full radius."""
+        return replace(self, epochs=epochs, eps_warmup=min(self.eps_warmup, epochs - 1))
 
     @property
     def passes(self) -> int:
@@ -68,8 +74,11 @@ class Row:
 
     def configuration(self) -> dict[str, Any]:
         """What decides about the result, as plain values."""
-        plain = asdict(self) | {"also": list(self.also), "attack": repr(self.attack()) if self.adversarial else None}
-        return {name: value for name, value in plain.items() if name not in ("name", "paper")}
+        attack = repr(self.attack()) if self.adversarial else None
+        if self.eps_warmup:
+            attack = f"{attack}, eps_warmup={self.eps_warmup}"
+        plain = asdict(self) | {"also": list(self.also), "attack": attack}
+        return {name: value for name, value in plain.items() if name not in ("name", "paper", "eps_warmup")}
 
 
 _BASE = Row("NORMAL", None, "all", adversarial=False, epochs=60)
@@ -84,9 +93,9 @@ ROWS: Mapping[str, Row] = {
         _BASE, name="NORMAL +BN ONLY +log+conv1", train="bn", also=_BOTH_ENDS, epochs=25, lr=0.1, paper=(35.89, 99.6)
     ),
     "adv": Row("ADV", None, "all", adversarial=True, epochs=30, paper=(17.67, 58.4)),
-    "adv-bn-only": Row("ADV +BN ONLY", None, "bn", adversarial=True, epochs=15, lr=0.1, paper=(43.33, 98.0)),
+    "adv-bn-only": Row("ADV +BN ONLY", None, "bn", adversarial=True, epochs=12, lr=0.1, paper=(43.33, 98.0)),
     "adv-bn-only-log-conv1": Row(
-        "ADV +BN ONLY +log+conv1", None, "bn", True, epochs=15, also=_BOTH_ENDS, lr=0.1, paper=(35.22, 98.1)
+        "ADV +BN ONLY +log+conv1", None, "bn", True, epochs=12, also=_BOTH_ENDS, lr=0.1, paper=(35.22, 98.1)
     ),
     "bn-stats": replace(_STATS, paper=(6.44, 99.9)),
     "bn-stats-reset": replace(_STATS, name="BN STATS (reset)", reset=True, paper=(6.33, 99.6)),
@@ -98,6 +107,9 @@ ROWS: Mapping[str, Row] = {
     "bn-stats-eps2": replace(_STATS, name="BN STATS (no reset), eps 2/255", eps=2 / 255),
     "bn-stats-eps1": replace(_STATS, name="BN STATS (no reset), eps 1/255", eps=1 / 255),
     "bn-stats-log": replace(_STATS, name="BN STATS (no reset) +log", start="bn-stats", also=("logits",), epochs=3),
+    "bn-only-params-warm": replace(
+        _BN, name="BN ONLY PARAMS, eps warmed up", train="bn-params", lr=0.003, eps_warmup=4
+    ),
     "bn-params-no-decay": replace(_BN, name="BN PARAMS, no weight decay", weight_decay=0.0),
     "bn-params-longer": replace(_BN, name="BN PARAMS, twice the epochs", epochs=2 * _BN.epochs),
 }
@@ -106,6 +118,7 @@ ROWS: Mapping[str, Row] = {
 CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "bn-params": tuple({"lr": lr} for lr in (0.05, 0.1, 0.2, 0.4, 0.8)),
     "bn-only-params": tuple({"lr": lr} for lr in (0.0001, 0.0003, 0.001, 0.003, 0.01)),
+    "bn-only-params-warm": tuple({"lr": lr} for lr in (0.001, 0.003, 0.01, 0.03)),
     "bn-params-log-conv1": tuple({"lr": lr} for lr in (0.1, 0.2, 0.4)),
     "normal-bn-only": tuple({"lr": lr, "gamma": gamma} for lr in (0.05, 0.1, 0.2) for gamma in ("one", "uniform")),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from examples.walter.rows import EPS, Row
@@ -32,7 +32,7 @@ class Scale:
 
     def row(self, row: Row) -> Row:
         """The row with as many epochs as are made at this scale."""
-        return replace(row, epochs=min(row.epochs, self.most_epochs or row.epochs))
+        return row.shortened(min(row.epochs, self.most_epochs or row.epochs))
 
     def of_training(self, row: Row, width: int) -> dict[str, Any]:
         """What decides about the result of training a row, as plain values."""

@@ -69,7 +69,15 @@ def remarks(results: Results) -> str:
     head = ["eps", "NORMAL: cross-entropy", "robust error", "BN STATS: cross-entropy", "robust error"]
     text = markdown(head, parts) + "\n"
     rows = []
-    for key in ("bn-stats", "bn-stats-log", "bn-params", "bn-params-no-decay", "bn-params-longer"):
+    for key in (
+        "bn-stats",
+        "bn-stats-log",
+        "bn-only-params",
+        "bn-only-params-warm",
+        "bn-params",
+        "bn-params-no-decay",
+        "bn-params-longer",
+    ):
         record = results.evaluation(key)
         if record is None:
             rows.append([ROWS[key].name, *[PENDING] * 3])

@@ -118,6 +118,7 @@ def tune(
         train=row.train,
         also=row.also,
         attack=row.attack(),
+        eps_warmup=row.eps_warmup,
         lr=row.lr,
         weight_decay=row.weight_decay,
         schedule="cosine",

@@ -90,12 +90,16 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 class AttackStep:
-    """Inputs (N, ...) and labels (N,) to adversarial examples of the live model as it is now."""
+    """Inputs (N, ...) and labels (N,) to adversarial examples of the live model as it is now.
+
+    ``strength``, in (0, 1], is the factor on eps and step size of a PGD.
+    """
 
     def __init__(self, attack: Any, model: nn.Module, generator: torch.Generator, replicas: Replicas | None) -> None:
         """Attacks copies of the model where there are ``replicas`` and the attack can, else the model."""
         self._attack, self._model, self._generator = attack, model, generator
         self._replicas = replicas if can_attack_a_copy(attack, model) else None
+        self.strength = 1.0
 
     @property
     def live(self) -> bool:
@@ -103,6 +107,23 @@ class AttackStep:
         return self._replicas is None or self._replicas.none
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        with self._weakened():
+            return self._made(x, y)
+
+    @contextmanager
+    def _weakened(self) -> Iterator[None]:
+        """Holds a PGD at its present strength, for the block; the object itself, which may be more than a PGD."""
+        if self.strength == 1 or not isinstance(self._attack, PGD):
+            yield
+            return
+        full = self._attack.eps, self._attack.step_size
+        self._attack.eps, self._attack.step_size = (self.strength * size for size in full)
+        try:
+            yield
+        finally:
+            self._attack.eps, self._attack.step_size = full
+
+    def _made(self, x: Tensor, y: Tensor) -> Tensor:
         replica = None if self._replicas is None or not len(x) else self._replicas.fresh(x)
         if replica is None:
             return craft(self._attack, self._model, x, y, generator=self._generator)
@@ -125,6 +146,7 @@ class Tuning:
         optimizer: torch.optim.Optimizer | None,
         *,
         make: AttackStep | None,
+        eps_warmup: int,
         clean_fraction: float,
         loss: Loss,
         schedule: Schedule,
@@ -144,6 +166,7 @@ class Tuning:
         self._autocast = autocast
         self._layouts: dict[torch.Size, bool] = {}
         self.make, self.clean_fraction, self.loss, self.schedule = make, clean_fraction, loss, schedule
+        self._eps_warmup = eps_warmup
         self.epochs, self.max_steps, self.on_step = epochs, max_steps, on_step
         self.device = device_of(model)
         self.step = self.epoch = 0
@@ -175,6 +198,8 @@ class Tuning:
         began = time.perf_counter()
         steps = examples = skipped = left_out = batches = 0
         total_loss = wrong = 0.0
+        if self.make is not None:
+            self.make.strength = min(1.0, (self.epoch + 1) / (self._eps_warmup + 1))
         for batch in data:
             batches += 1
             x, y = unpack(batch)

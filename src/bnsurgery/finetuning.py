@@ -22,7 +22,7 @@ from bnsurgery._modes import global_state, preserved
 from bnsurgery._moments import slowest
 from bnsurgery._replicas import Replicas, can_attack_a_copy
 from bnsurgery._tuning import SCHEDULES, AttackStep, Callback, EpochRecord, Schedule, StepCallback, StepRecord, Tuning
-from bnsurgery.adapters import check_attack, configuration_of
+from bnsurgery.adapters import check_attack, configuration_of, describe_attack
 from bnsurgery.attacks import PGD, Loss, cross_entropy
 from bnsurgery.engine import (
     STEP_PRECISIONS,
@@ -84,6 +84,7 @@ def adv_finetune(
     train: Train = "bn",
     also: str | Iterable[str] = (),
     attack: Any = PGD(),  # noqa: B008 - a plain description: the run draws from a generator of its own
+    eps_warmup: int = 0,
     clean_fraction: float = 0.0,
     optimizer: OptimizerLike | None = None,
     lr: float = 0.05,
@@ -123,6 +124,9 @@ def adv_finetune(
         also: names or globs of modules or parameters that train too, such as ``("conv1", "logits")``.
         attack: a :class:`PGD`, a torchattacks or AutoAttack object, or a callable ``attack(model, x, y)``; ``None``
             trains on clean examples.
+        eps_warmup: number of first epochs, below ``epochs``, over which a :class:`PGD` grows to its full strength: with
+            n of them, epoch k (from 0) attacks with (k + 1) / (n + 1) of ``eps`` and of ``step_size``. For networks
+            that an attack of full strength would at once turn into a constant.
         clean_fraction: share of each batch, from its front, that stays clean, in [0, 1].
         optimizer: a function from the list of parameters to an optimizer, or an optimizer over at least these; by
             default SGD with Nesterov momentum.
@@ -182,6 +186,7 @@ def adv_finetune(
     _check(data, epochs, train, clean_fraction, max_steps, max_seconds)
     if attack is not None:
         check_attack(attack)
+    _check_warmup(eps_warmup, epochs, attack)
     factor = _schedule(schedule)
     switches = chosen_engine(engine)
     check_precision(precision, switches)
@@ -215,6 +220,7 @@ def adv_finetune(
             model,
             chosen,
             make=None if attack is None else AttackStep(attack, root, generator, copies),
+            eps_warmup=eps_warmup,
             clean_fraction=clean_fraction,
             loss=loss,
             schedule=factor,
@@ -229,7 +235,7 @@ def adv_finetune(
             compile=compile,
         )
         configuration = {
-            "attack": configuration_of(attack) if attack is not None else "none",
+            "attack": _described(attack, eps_warmup),
             "clean_fraction": float(clean_fraction),
             "epochs": epochs,
             "frozen": _checkpoints.fingerprint(root, trainable) if path is not None else "",
@@ -350,6 +356,20 @@ def _check(
         raise ValueError(
             f"data must be an iterable of (x, y) batches, got {type(data).__name__}: put a Dataset in a DataLoader"
         )
+
+
+def _check_warmup(eps_warmup: int, epochs: int, attack: Any) -> None:
+    if not (0 <= eps_warmup < epochs and int(eps_warmup) == eps_warmup):
+        raise ValueError(f"eps_warmup must be a whole number from 0 to below epochs={epochs}, got {eps_warmup}")
+    if eps_warmup and not isinstance(attack, PGD):
+        what = "None" if attack is None else describe_attack(attack)
+        raise ValueError(f"eps_warmup goes with a PGD as attack, got {what}")
+
+
+def _described(attack: Any, eps_warmup: int) -> str:
+    """For the configuration of a checkpoint."""
+    text = "none" if attack is None else configuration_of(attack)
+    return f"{text}, eps_warmup={eps_warmup}" if eps_warmup else text
 
 
 def _check_ddp(model: nn.Module, asked: set[str], parameters: dict[str, nn.Parameter]) -> None:
