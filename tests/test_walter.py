@@ -683,6 +683,16 @@ def test_choose_compares_settings_on_left_out_training_images(
     table = [line for line in printed.splitlines() if "epoch 1 of 1" not in line]
     assert capsys.readouterr().out.splitlines() == table
     assert contents(here) == made
+    assert walter.main(["table", "--quick", "--width", "2"]) == 0
+    compared = capsys.readouterr().out.split("## Settings compared by `choose`\n\n")[1].splitlines()
+    clean, robust, error = (record[name] for name in ("clean_error", "robust_error", "standard_error"))
+    assert compared[2] == f"| NORMAL +BN ONLY | lr 0.1, gamma one | {clean:.1f} | {robust:.1f} ± {error:.1f} | taken |"
+    assert compared[3].startswith("| NORMAL +BN ONLY | lr 0.2, gamma uniform | ")
+    assert compared[3].endswith("|  |")
+
+
+def test_the_table_has_no_empty_part_where_nothing_was_compared(trained: training.Context) -> None:
+    assert "choose" not in tables.everything(trained.results)
 
 
 def test_choose_stops_at_the_budget_and_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

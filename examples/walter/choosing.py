@@ -8,7 +8,8 @@ from typing import Any
 from examples.walter.data import Images
 from examples.walter.evaluating import pgd, under_attack
 from examples.walter.files import origin, read_json, require_same, write_json
-from examples.walter.rows import CHOICES, EPS, ROWS, Row
+from examples.walter.results import look_at_choice
+from examples.walter.rows import CHOICES, EPS, ROWS, Row, label
 from examples.walter.scales import FULL
 from examples.walter.training import Context, initial, tune
 from bnsurgery.analysis import outputs
@@ -35,19 +36,18 @@ def choose(context: Context, key: str) -> tuple[str, bool]:
     with context.folder.locked(f"{key}-choose"):
         for settings in CHOICES[key]:
             row = replace(ROWS[key].shortened(epochs), **settings)
-            name = "-".join(f"{option}{value}" for option, value in settings.items())
-            path = context.folder.record(f"{key}-{name}", "choose")
+            path = context.folder.choice(key, settings)
             configuration = row.configuration() | {"held_out": held, "training_images": training}
             if not path.exists():
                 if not context.fits(longest):
                     return "\n".join(lines), False
                 context.worked = True
                 write_json(path, one(context, row, images) | {"configuration": configuration})
-            record = read_json(path, _look)
+            record = read_json(path, look_at_choice)
             require_same(path, record["configuration"], configuration)
             longest = max(longest, record["seconds"])
             robust = f"{record['robust_error']:.2f} ± {record['standard_error']:.2f}"
-            lines.append(f"{name:32} {record['clean_error']:11.2f}   {robust}")
+            lines.append(f"{label(settings):32} {record['clean_error']:11.2f}   {robust}")
     return "\n".join(lines), True
 
 
@@ -68,8 +68,3 @@ def one(context: Context, row: Row, images: Images) -> dict[str, Any]:
         "history": run.record()["history"],
         **made_with,
     }
-
-
-def _look(record: dict[str, Any]) -> None:
-    _ = record["configuration"]["lr"], [float(record[name]) for name in ("clean_error", "robust_error", "seconds")]
-    _ = float(record["standard_error"])

@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from examples.machine import commit, hardware, versions
+from examples.walter.rows import label
 
 COMMIT = commit()
 """Of the code that is running: read when it is loaded, since a run may last longer than the commit is checked out."""
@@ -55,6 +56,10 @@ class Folder:
     def record(self, row: str, kind: str) -> Path:
         """The JSON file of a kind of result: ``"train"``, ``"evaluate"``, ``"choose"``."""
         return self.path / f"{row}.{kind}.json"
+
+    def choice(self, row: str, settings: Mapping[str, Any]) -> Path:
+        """The JSON file of settings of a row that are compared with others."""
+        return self.record(f"{row}-{label(settings)}", "choose")
 
     def patch(self, row: str) -> Path:
         """The BN patch of a row."""

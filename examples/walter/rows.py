@@ -125,6 +125,11 @@ CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 """By row: the settings that are compared on training images that are left out of training, to choose among them."""
 
 
+def label(settings: Mapping[str, Any]) -> str:
+    """Settings as they are named in files and tables."""
+    return "-".join(f"{option}{value}" for option, value in settings.items())
+
+
 def table() -> dict[str, Row]:
     """The eleven rows of Table 2."""
     return {key: row for key, row in ROWS.items() if row.paper is not None}

@@ -87,6 +87,17 @@ def remarks(results: Results) -> str:
     return text + markdown(["row", "clean", "AutoAttack", "cross-entropy under PGD-20"], rows)
 
 
+def choices(results: Results) -> str:
+    """Settings that were compared on left-out training images, and which of them a row has; "" where none were."""
+    rows = []
+    for key, row in ROWS.items():
+        for settings, record in results.choices(key):
+            taken = all(getattr(row, option) == value for option, value in settings.items())
+            values = ", ".join(f"{option} {value}" for option, value in settings.items())
+            rows.append([row.name, values, f"{record['clean_error']:.1f}", _robust(record), "taken" if taken else ""])
+    return markdown(["row", "setting", "clean", "PGD-20", ""], rows) if rows else ""
+
+
 def _robust(found: dict[str, Any]) -> str:
     return f"{found['robust_error']:.1f} ± {found['standard_error']:.1f}"
 
@@ -97,9 +108,10 @@ def _loss(found: dict[str, Any]) -> str:
 
 def everything(results: Results) -> str:
     """All tables."""
-    width = results.folder.width
+    width, compared = results.folder.width, choices(results)
     return (
         f"## Errors in percent, width {width}, ± one standard error\n\n{errors(results)}\n"
         f"## Parameters\n\n{parameters(width)}\n"
         f"## Remarks: under PGD-20\n\n{remarks(results)}"
+        + (f"\n## Settings compared by `choose`\n\n{compared}" if compared else "")
     )
