@@ -18,8 +18,9 @@ PACKAGES: tuple[str, ...] = (
     "torchattacks",
     "pyautoattack",
     "adversarial-robustness-toolbox",
+    "foolbox",
+    "numpy",
 )
-PACKAGES = (*PACKAGES, "foolbox", "numpy")
 
 
 def versions() -> dict[str, str]:

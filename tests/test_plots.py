@@ -63,7 +63,7 @@ def test_histograms_are_outlines_in_percent_of_their_own_values() -> None:
     assert normal.get_data().edges.tolist() == [0, 0.5, 1]
     assert adv.get_data().values.tolist() == [0, 100]
     assert normal.get_linestyle() != adv.get_linestyle()
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["NORMAL", "ADV"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["NORMAL (1 outside)", "ADV"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("confidence", "share of values (%)")
     assert plot_histograms(found, xlabel="logit", ax=ax) is ax
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +27,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnsurgery import PGD, evaluate, fold_bn, load_bn_patch, save_bn_patch
+from bnsurgery import PGD, evaluate, fold_bn, save_bn_patch
 
-TINY = Scale(batch_size=16, most_epochs=1, training=48, clean=(8, 24), robust=8, chunk=4)
+TINY = Scale(
+    batch_size=16,
+    most_epochs=1,
+    training=48,
+    clean=(8, 24),
+    robust=8,
+    chunk=4,
+    held_out=64,
+    compared_training=128,
+    compared_epochs=1,
+)
 PAPER = {
     "NORMAL": (4.11, 99.8),
     "NORMAL +BN ONLY": (46.11, 99.7),
@@ -51,7 +62,7 @@ def images() -> data.Images:
 
 def context(images: data.Images, root: Path, **options: Any) -> training.Context:
     given: dict[str, Any] = {"scale": TINY, "device": torch.device("cpu"), "bars": True}
-    return training.Context(Folder(root, 2, 0), images, **given | options)
+    return training.Context(Folder(root, 2, 0), lambda: images, **given | options)
 
 
 # The rows.
@@ -264,6 +275,85 @@ def test_two_processes_do_not_work_on_one_row(images: data.Images, tmp_path: Pat
         with made.folder.locked("adv"):
             pass
     assert training.train(made, "normal")
+
+
+@pytest.mark.parametrize("reason", ["in the way", "not to be locked"])
+def test_a_lock_that_cannot_be_had_is_named(
+    reason: str, images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    made = context(images, tmp_path)
+    if reason == "in the way":
+        made.folder.interim(".normal.lock").mkdir(parents=True)
+    else:
+        monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    message = {
+        "in the way": r"^cannot write .*\.normal\.lock: Is a directory",
+        "not to be locked": "^cannot lock .*: No locks",
+    }
+    with pytest.raises(Problem, match=message[reason]):
+        training.train(made, "normal")
+
+
+def rebuilds(made: training.Context, key: str) -> bool:
+    """Whether a row's network comes out of its start and its patch, bit for bit."""
+    before = training.network(made, key).state_dict()
+    made.folder.weights(key).unlink()
+    after = training.network(made, key).state_dict()
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("key", ["bn-params", "bn-stats-reset", "adv-bn-only"])
+def test_where_weights_are_gone_a_patch_does(key: str, images: data.Images, tmp_path: Path) -> None:
+    made = context(images, tmp_path)
+    for name in needed([key]):
+        assert training.train(made, name)
+    assert rebuilds(made, key)
+
+
+def test_where_more_than_bn_trained_a_patch_does_not_do(images: data.Images, tmp_path: Path) -> None:
+    made = context(images, tmp_path)
+    for key in ("normal", "bn-params-log-conv1", "bn-params"):
+        assert training.train(made, key)
+    made.folder.weights("bn-params-log-conv1").unlink()
+    with pytest.raises(Problem, match=r"cannot read .*bn-params-log-conv1\.safetensors"):
+        training.network(made, "bn-params-log-conv1")
+    # Nor does one of another network, nor without the start.
+    made.folder.weights("bn-params").unlink()
+    made.folder.patch("bn-params").write_bytes(made.folder.patch("bn-params-log-conv1").read_bytes())
+    with pytest.raises(Problem, match=r"cannot read .*bn-params\.safetensors"):
+        training.network(made, "bn-params")
+    made.folder.weights("normal").unlink()
+    with pytest.raises(Problem, match=r"cannot read .*normal\.safetensors"):
+        training.network(made, "bn-params")
+
+
+def test_a_network_that_is_published_beside_its_results_is_used(images: data.Images, tmp_path: Path) -> None:
+    made = context(images, tmp_path)
+    assert training.train(made, "normal")
+    made.folder.weights("normal").rename(made.folder.path / "normal.safetensors")
+    shutil.rmtree(made.folder.interim(""))
+    assert training.train(made, "bn-params")
+    assert not made.folder.interim("normal.safetensors").exists()
+
+
+def test_where_a_record_is_removed_a_row_is_trained_anew(images: data.Images, tmp_path: Path) -> None:
+    made = context(images, tmp_path)
+    assert training.train(made, "normal")
+    first = json.loads(made.folder.record("normal", "train").read_text("utf-8"))
+    assert sorted(path.name for path in made.folder.interim("").iterdir()) == [".normal.lock", "normal.safetensors"]
+    made.folder.record("normal", "train").unlink()
+    made.folder.interim("normal.calls.json").write_text(json.dumps({"calls": [{"command": "of long ago"}]}))
+    assert training.train(made, "normal")
+    second = json.loads(made.folder.record("normal", "train").read_text("utf-8"))
+    assert second["sha256"] == first["sha256"]
+    assert len(second["calls"]) == 1
+    assert second["calls"][0]["command"] != "of long ago"
+
+
+def test_what_is_finished_needs_no_images(trained: training.Context) -> None:
+    made = replace(trained, read=lambda: pytest.fail("read"))
+    assert all(training.train(made, key) for key in ROWS)
 
 
 def test_without_a_terminal_each_epoch_is_a_line(
@@ -569,15 +659,18 @@ def test_clean_error_is_that_of_the_most_images(as_in_the_paper: Results) -> Non
 
 
 def test_tables_show_ours_beside_the_papers_and_what_is_pending(as_in_the_paper: Results) -> None:
+    for kind, seconds in (("train", 5000), ("evaluate", 2000)):
+        path = as_in_the_paper.folder.record("adv", kind)
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"seconds": seconds}), encoding="utf-8")
     text = tables.everything(as_in_the_paper)
-    assert "| ADV | 30 | 17.67 | 17.67 | 17.67 | 58.4 ± 1.0 | 58.4 ± 1.0 | 17.67 | 58.4 |" in text
+    assert "| ADV | 30 | 17.67 | 17.67 | 17.67 | 58.4 ± 1.0 | 58.4 ± 1.0 | 1.9 | 17.67 | 58.4 |" in text
     assert (
         "| row | epochs | clean, first 900 | clean, first 1,000 | clean, first 10,000 | AutoAttack, first 1,000 |"
         in text
     )
     as_in_the_paper.folder.record("adv", "evaluate").unlink()
     text = tables.everything(as_in_the_paper)
-    assert "| ADV | 30 | pending | pending | pending | pending | pending | 17.67 | 58.4 |" in text
+    assert "| ADV | 30 | pending | pending | pending | pending | pending | pending | 17.67 | 58.4 |" in text
     assert "| 2/255 | 2.00 ± 0.10 | 99.8 ± 1.0 | pending | pending |" in text
 
 
@@ -738,6 +831,7 @@ def another_network(folder: Folder) -> None:
 
 def damaged_calls(folder: Folder) -> None:
     folder.interim("bn-params.calls.json").write_text("{}", encoding="utf-8")
+    folder.interim("bn-params.checkpoint").write_bytes(b"it goes on from there")
 
 
 def damaged_weights(folder: Folder) -> None:
@@ -752,9 +846,16 @@ def damaged_checkpoint(folder: Folder) -> None:
     folder.interim("bn-params.checkpoint").write_bytes(b"nothing")
 
 
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def checkpoint_of_another_width(folder: Folder) -> None:
     other = Folder(folder.root, 4, 0)
-    assert walter.main(["train", "bn-params", "--quick", "--width", "4"]) == 0
+    assert walter.main(["train", "normal", "--quick", "--width", "4"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "serialized", interrupted)
+        assert walter.main(["train", "bn-params", "--quick", "--width", "4"]) == 130
     folder.interim("bn-params.checkpoint").write_bytes(other.interim("bn-params.checkpoint").read_bytes())
 
 
@@ -798,6 +899,22 @@ def test_what_is_damaged_or_of_another_run_is_named_and_left_alone(
     assert {path: data for path, data in contents(here).items() if path.relative_to(here) not in notes} == {
         path: data for path, data in before.items() if path.relative_to(here) not in notes
     }
+
+
+def test_a_row_that_has_diverged_is_not_attacked(
+    images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = context(images, tmp_path)
+    assert training.train(made, "normal")
+    whole = training.network(made, "normal")
+    torch.nn.init.constant_(whole.logits.bias, math.inf)
+    monkeypatch.setattr(evaluating, "network", lambda *_: whole)
+    monkeypatch.setattr(evaluating, "evaluate", lambda *_, **__: pytest.fail("attacked"))
+    with pytest.raises(
+        Problem, match=r"^normal has diverged, its outputs are not finite: remove .*normal\.train\.json"
+    ):
+        evaluating.evaluate_row(made, "normal")
+    assert not made.folder.record("normal", "evaluate").exists()
 
 
 def of_another_network(record: dict[str, Any]) -> None:
@@ -969,7 +1086,7 @@ def test_a_full_disk_is_said_and_nothing_is_left_in_pieces(
         before = {
             "calls.json": (training, "_calls"),
             "checkpoint": (training, "tune"),
-            "safetensors": (training, "save_weights"),
+            "safetensors": (training, "serialized"),
             "patch.safetensors": (training, "save_bn_patch"),
             "train.json": (training, "write_json"),
         }[which]
@@ -996,9 +1113,6 @@ def test_a_full_disk_is_said_and_nothing_is_left_in_pieces(
 def test_ctrl_c_is_one_line_and_the_next_call_goes_on(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(training, "adv_finetune", interrupted)
         assert walter.main(["train", "normal", "--quick", "--width", "2"]) == 130
@@ -1058,13 +1172,16 @@ def test_committed_results_are_of_the_rows_as_they_are(path: Path) -> None:
 PATCHES = [key for key in ROWS if (RESULTS / "w16-seed0" / f"{key}.patch.safetensors").exists()]
 
 
-@pytest.mark.parametrize("key", [key for key in PATCHES if needed([key])[0] == "normal" and not ROWS[key].also])
-def test_a_committed_patch_on_the_committed_network_has_the_recorded_error(key: str, images: data.Images) -> None:
-    model = resnet20(16)
-    model.load_state_dict(load_file(RESULTS / "w16-seed0" / "normal.safetensors"))
-    load_bn_patch(model, RESULTS / "w16-seed0" / f"{key}.patch.safetensors")
+@pytest.mark.parametrize(
+    "key", [key for key in PATCHES if needed([key])[0] == "normal" and (ROWS[key].only_bn or key == "normal")]
+)
+def test_a_committed_patch_on_the_committed_network_makes_the_recorded_one(key: str, images: data.Images) -> None:
+    folder = Folder(RESULTS, 16, 0)
+    made = training.Context(folder, lambda: images, scale=Scale(), device=torch.device("cpu"))
+    model = training.network(made, key)
+    trained, record = (json.loads(folder.record(key, kind).read_text("utf-8")) for kind in ("train", "evaluate"))
+    assert files.serialized(model)[1] == trained["sha256"] == record["sha256"]
     x, y = images.tests(512)  # the shipped sample: the first test images
     error = evaluate(model, (x, y), attacks=(), progress=False).clean_error
-    record = json.loads((RESULTS / "w16-seed0" / f"{key}.evaluate.json").read_text("utf-8"))
     share = record["clean_error"]["10000"] / 100
     assert abs(error - 100 * share) < 4 * 100 * math.sqrt(share * (1 - share) / 512)

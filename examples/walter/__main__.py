@@ -85,10 +85,10 @@ def minutes(text: str) -> float:
 
 
 def context(args: argparse.Namespace, began: float) -> training.Context:
-    """What the arguments say, with the images read."""
+    """What the arguments say."""
     return training.Context(
         folder=Folder(args.out, args.width, args.seed),
-        images=data.read(None if args.quick else args.data),
+        read=lambda: data.read(None if args.quick else args.data),
         scale=args.scale,
         device=args.device,
         deadline=None if args.budget is None else began + 60 * args.budget,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,7 +44,8 @@ class Check:
 
     def __str__(self) -> str:
         verdict = "holds" if self.holds else "FAILS"
-        return f"{verdict}  {self.finding}: {self.found} (margin {self.margin:+.1f} standard errors)"
+        chance = ", which may be chance" if 0 < self.margin < 2 else ""
+        return f"{verdict}  {self.finding}: {self.found} (margin {self.margin:+.1f} standard errors{chance})"
 
 
 def checks(results: Results) -> tuple[list[Check], list[str]]:
@@ -57,7 +59,7 @@ def checks(results: Results) -> tuple[list[Check], list[str]]:
     for check in _all(results):
         try:
             made.append(check())
-        except Pending as missing:  # noqa: PERF203 - of thirteen
+        except Pending as missing:  # noqa: PERF203 - of a dozen or so
             pending.append(str(missing))
     return made, pending
 
@@ -108,7 +110,10 @@ def _falls(results: Results) -> Check:
     shift = weight_shift(results.folded("normal"), results.folded("bn-params"))
     layers = list(shift.layers.values())
     spread = math.sqrt(sum((layer - shift.mean) ** 2 for layer in layers) / (len(layers) - 1) / len(layers))
-    text = f"BN PARAMS - NORMAL {shift.mean:+.3f} ± {spread:.3f}, over {len(layers)} layers"
+    text = (
+        f"BN PARAMS - NORMAL {shift.mean:+.3f} ± {spread:.3f} over {len(layers)} layers, "
+        f"median {statistics.median(layers):+.3f}"
+    )
     return Check("the mean normalized weight falls", text, Estimate(-shift.mean, spread).beyond(0.0))
 
 

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from examples.walter.data import Images
-from examples.walter.evaluating import pgd, under_attack
-from examples.walter.files import origin, read_json, require_same, write_json
-from examples.walter.results import look_at_choice
-from examples.walter.rows import CHOICES, EPS, ROWS, Row, label
-from examples.walter.scales import FULL
-from examples.walter.training import Context, initial, tune
 from bnsurgery.analysis import outputs
-
-HELD_OUT = 5000
-"""The last training images, measured on: clean error on all of them, PGD-20 on the last thousand."""
-TRAINING = 15_000
-"""Training images, the first: enough to compare."""
-EPOCHS = 3
+from examples.walter.evaluating import float32, pgd, under_attack
+from examples.walter.files import origin, write_json
+from examples.walter.rows import CHOICES, EPS, ROWS, label
+from examples.walter.training import Context, initial, start_of, tune
 
 
 def choose(context: Context, key: str) -> tuple[str, bool]:
@@ -29,42 +21,47 @@ def choose(context: Context, key: str) -> tuple[str, bool]:
     Raises:
         Problem: the start is not trained yet, a file is damaged or of another configuration, or a disk is full.
     """
-    full = context.scale == FULL
-    held, training, epochs = (HELD_OUT, TRAINING, EPOCHS) if full else (64, 128, 1)
-    images = context.images.held_out(held, training)
     lines, longest = [f"{'setting':32} clean error   robust error (PGD-20)"], 0.0
     with context.folder.locked(f"{key}-choose"):
         for settings in CHOICES[key]:
-            row = replace(ROWS[key].shortened(epochs), **settings)
-            path = context.folder.choice(key, settings)
-            configuration = row.configuration() | {"held_out": held, "training_images": training}
-            if not path.exists():
-                if not context.fits(longest):
-                    return "\n".join(lines), False
-                context.worked = True
-                write_json(path, one(context, row, images) | {"configuration": configuration})
-            record = read_json(path, look_at_choice)
-            require_same(path, record["configuration"], configuration)
+            record = context.results.choice(key, settings)
+            if record is None:
+                record = one(context, key, settings) if context.fits(longest) else None
+            if record is None:
+                return "\n".join(lines), False
             longest = max(longest, record["seconds"])
             robust = f"{record['robust_error']:.2f} ± {record['standard_error']:.2f}"
             lines.append(f"{label(settings):32} {record['clean_error']:11.2f}   {robust}")
     return "\n".join(lines), True
 
 
-def one(context: Context, row: Row, images: Images) -> dict[str, Any]:
-    """Trains and measures one setting."""
-    made_with = origin(context.folder.seed, context.device)
+def one(context: Context, key: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Trains and measures one setting, or goes on with it; None where the budget ends before that."""
+    context.worked = True
+    scale, folder, path = context.scale, context.folder, context.folder.choice(key, settings)
+    made_with, row = origin(folder.seed, context.device), scale.compared(ROWS[key], settings)
+    images = context.images.held_out(scale.held_out, scale.compared_training)
+    checkpoint = folder.interim(f"{path.name}.checkpoint")
     model = initial(context, row)
-    run = tune(context, row, model, images, checkpoint=None, max_seconds=None)
+    run = tune(context, row, model, images, checkpoint)
+    if run.ended != "epochs":
+        return None
     x, y = images.tests(len(images.test[1]))
-    last = x[-context.scale.robust :], y[-context.scale.robust :]
-    found = pgd(outputs(model, last), under_attack(context, model, last, EPS))
-    return {
+    last = x[-scale.robust :], y[-scale.robust :]
+    with float32():
+        clean_error = outputs(model, (x, y)).error
+        found = pgd(outputs(model, last), under_attack(context, model, last, EPS))
+    record = {
         "row": row.name,
-        "clean_error": outputs(model, (x, y)).error,
-        **found,
+        "clean_error": clean_error,
+        **{name: value if math.isfinite(value) else None for name, value in found.items()},
         "examples": [len(y), len(last[1])],
         "seconds": round(sum(record.seconds for record in run.history), 1),
         "history": run.record()["history"],
         **made_with,
+        "start_sha256": start_of(context, key),
+        "configuration": scale.of_choice(ROWS[key], settings, folder.width),
     }
+    write_json(path, record)
+    checkpoint.unlink(missing_ok=True)
+    return record

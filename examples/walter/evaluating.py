@@ -32,8 +32,9 @@ def evaluate_row(context: Context, key: str) -> bool:
     """
     if context.results.evaluation(key) is not None:
         return True
+    data = context.images.tests(context.scale.robust)
     with context.folder.locked(key), float32():
-        return _evaluate(context, key)
+        return _evaluate(context, key, data)
 
 
 @contextmanager
@@ -47,14 +48,16 @@ def float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _evaluate(context: Context, key: str) -> bool:
+def _evaluate(context: Context, key: str, data: tuple[Tensor, Tensor]) -> bool:
     model = network(context, key)
+    clean = outputs(model, data)
+    if not bool(clean.logits.isfinite().all()):
+        remedy = f"remove {context.folder.record(key, 'train')}, and train it with other settings"
+        raise Problem(f"{key} has diverged, its outputs are not finite: {remedy}")
     done = autoattack(context, key, model)
     if done is None or not context.fits(None):
         return False
     began = time.perf_counter()
-    data = context.images.tests(context.scale.robust)
-    clean = outputs(model, data)
     under = {eps: under_attack(context, model, data, eps) for eps in context.scale.robust_eps}
     record = {
         "row": ROWS[key].name,

@@ -70,8 +70,9 @@ class Folder:
         return self.path / "interim" / name
 
     def weights(self, row: str) -> Path:
-        """The whole network of a row."""
-        return self.interim(f"{row}.safetensors")
+        """The whole network of a row: beside its results if it is published with them, else in ``interim``."""
+        published = self.path / f"{row}.safetensors"
+        return published if published.exists() else self.interim(f"{row}.safetensors")
 
     def make(self) -> None:
         """Makes the folders.
@@ -97,11 +98,18 @@ class Folder:
         except ModuleNotFoundError:
             yield
             return
-        with self.interim(f".{row}.lock").open("w") as file:
+        path = self.interim(f".{row}.lock")
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise Problem(f"cannot write {path}: {error.strerror}") from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise Problem(f"another process is at work on {row} in {self.path}") from None
+            except OSError as error:
+                raise Problem(f"cannot lock {path}: {error.strerror}") from None
             yield
 
 
@@ -153,11 +161,10 @@ def require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         raise Problem(f"{path} was made otherwise ({'; '.join(differences)}): remove it, or use another --out")
 
 
-def save_weights(model: nn.Module, path: Path) -> str:
-    """Writes all parameters and buffers, as safetensors; returns the SHA-256 of the file."""
+def serialized(model: nn.Module) -> tuple[bytes, str]:
+    """All parameters and buffers, as safetensors, and the SHA-256 of that."""
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
-    write(path, lambda partial: partial.write_bytes(data))
-    return hashlib.sha256(data).hexdigest()
+    return data, hashlib.sha256(data).hexdigest()
 
 
 def load_weights(model: nn.Module, path: Path, sha256: str, record: Path) -> None:

@@ -12,7 +12,7 @@ from bnsurgery import Affine, PatchError, fold_bn, load_bn_patch
 from bnsurgery.analysis import Histogram
 from examples.resnet import ResNet, resnet20
 from examples.walter.files import Folder, Pending, Problem, read_json, require_same
-from examples.walter.rows import CHOICES, ROWS, Row
+from examples.walter.rows import ROWS, Row
 from examples.walter.scales import FULL, Scale
 
 PAPER_SHIFT = -0.177
@@ -52,6 +52,19 @@ class Results:
         """
         path = self.folder.record(key, "train")
         record = _kept(path, _look_at_training, self.scale.of_training(ROWS[key], self.folder.width))
+        return self._of_this_start(key, path, record)
+
+    def choice(self, key: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was found of one of several settings of a row; None where it is not compared yet.
+
+        Raises:
+            Problem: as :meth:`training`.
+        """
+        path = self.folder.choice(key, settings)
+        record = _kept(path, _look_at_choice, self.scale.of_choice(ROWS[key], settings, self.folder.width))
+        return self._of_this_start(key, path, record)
+
+    def _of_this_start(self, key: str, path: Path, record: dict[str, Any] | None) -> dict[str, Any] | None:
         start = ROWS[key].start
         if record is not None and start is not None:
             now = self.training(start)
@@ -74,15 +87,6 @@ class Results:
         if trained is None or trained["sha256"] != record["sha256"]:
             raise Problem(f"{path} is of another network than {self.folder.record(key, 'train')}: remove it")
         return record
-
-    def choices(self, key: str) -> list[tuple[Mapping[str, Any], dict[str, Any]]]:
-        """The settings of a row that have been compared so far, with what was found.
-
-        Raises:
-            Problem: a record is damaged.
-        """
-        paths = [(settings, self.folder.choice(key, settings)) for settings in CHOICES.get(key, ())]
-        return [(settings, read_json(path, look_at_choice)) for settings, path in paths if path.exists()]
 
     def seconds_an_epoch(self, row: Row) -> float | None:
         """How long an epoch of a row takes, judged by the rows that are trained; None where none is."""
@@ -190,9 +194,9 @@ def look_at_chunk(found: dict[str, Any]) -> None:
         _ = row["attack"], [float(row[name]) for name in ("tried", "broken", "rejected", "seconds")]
 
 
-def look_at_choice(record: dict[str, Any]) -> None:
+def _look_at_choice(record: dict[str, Any]) -> None:
     """Goes over what the record of one of several settings is to hold."""
-    _ = record["configuration"]["lr"], [int(count) for count in record["examples"]]
+    _ = record["configuration"]["lr"], [int(count) for count in record["examples"]], record["start_sha256"]
     _ = [float(record[name]) for name in ("clean_error", "robust_error", "standard_error", "seconds")]
 
 

@@ -66,6 +66,11 @@ class Row:
         return 3 + (0 if attack is None else 2 * attack.steps)
 
     @property
+    def only_bn(self) -> bool:
+        """Whether BN layers are all that changes."""
+        return self.train != "all" and not self.also
+
+    @property
     def statistics(self) -> str:
         """What the BN statistics do in training."""
         if self.train == "bn-params":

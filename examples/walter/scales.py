@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from examples.walter.rows import EPS, Row
@@ -20,6 +21,10 @@ class Scale:
         robust: number of first test images that are attacked.
         chunk: of these, how many between two looks at the clock.
         robust_eps: radii, in pixel units of [0, 1], at which PGD-20 is run.
+        held_out: training images, the last, that settings are compared on: clean error on all, PGD-20 on the last
+            ``robust``.
+        compared_training: training images, the first, that settings are compared with.
+        compared_epochs: how long.
     """
 
     batch_size: int = 128
@@ -29,6 +34,9 @@ class Scale:
     robust: int = 1000
     chunk: int = 250
     robust_eps: tuple[float, ...] = (EPS, 4 / 255, 2 / 255, 1 / 255)
+    held_out: int = 5000
+    compared_training: int = 15_000
+    compared_epochs: int = 3
 
     def row(self, row: Row) -> Row:
         """The row with as many epochs as are made at this scale."""
@@ -45,6 +53,25 @@ class Scale:
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         return self.of_training(row, width) | {"evaluation": {name: plain[name] for name in names}}
 
+    def compared(self, row: Row, settings: Mapping[str, Any]) -> Row:
+        """The row with settings that are compared with others, trained briefly."""
+        return replace(row.shortened(self.compared_epochs), **settings)
+
+    def of_choice(self, row: Row, settings: Mapping[str, Any], width: int) -> dict[str, Any]:
+        """What decides about how settings compare, likewise."""
+        more = {"held_out": self.held_out, "training_images": self.compared_training, "width": width}
+        return self.compared(row, settings).configuration() | more | {"batch_size": self.batch_size}
+
 
 FULL = Scale()
-QUICK = Scale(batch_size=64, most_epochs=1, training=512, clean=(64, 512), robust=16, chunk=16)
+QUICK = Scale(
+    batch_size=64,
+    most_epochs=1,
+    training=512,
+    clean=(64, 512),
+    robust=16,
+    chunk=16,
+    held_out=64,
+    compared_training=128,
+    compared_epochs=1,
+)

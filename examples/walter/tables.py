@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.resnet import resnet20
 from examples.walter.results import Results, at
-from examples.walter.rows import EPS, ROWS, Row, table
+from examples.walter.rows import CHOICES, EPS, ROWS, Row, table
 from examples.walter.training import shares
 
 PENDING = "pending"
@@ -42,7 +42,9 @@ def errors(results: Results) -> str:
     scale = results.scale
     head = ["row", "epochs", *(f"clean, first {count:,}" for count in scale.clean)]
     head += [f"{attack}, first {scale.robust:,}" for attack in ("AutoAttack", "PGD-20")]
-    return markdown([*head, "paper: clean", "AutoAttack"], (_errors(results, key, row) for key, row in table().items()))
+    return markdown(
+        [*head, "hours", "paper: clean", "AutoAttack"], (_errors(results, key, row) for key, row in table().items())
+    )
 
 
 def _errors(results: Results, key: str, row: Row) -> list[str]:
@@ -50,9 +52,10 @@ def _errors(results: Results, key: str, row: Row) -> list[str]:
     paper = [f"{clean:.2f}", f"{robust:.1f}"]
     record, epochs = results.evaluation(key), str(results.scale.row(row).epochs)
     if record is None:
-        return [row.name, epochs, *[PENDING] * (len(results.scale.clean) + 2), *paper]
+        return [row.name, epochs, *[PENDING] * (len(results.scale.clean) + 3), *paper]
     errors = [f"{record['clean_error'][str(count)]:.2f}" for count in results.scale.clean]
-    return [row.name, epochs, *errors, _robust(record["autoattack"]), _robust(at(record, EPS)), *paper]
+    hours = f"{((results.training(key) or {})['seconds'] + record['seconds']) / 3600:.1f}"
+    return [row.name, epochs, *errors, _robust(record["autoattack"]), _robust(at(record, EPS)), hours, *paper]
 
 
 def remarks(results: Results) -> str:
@@ -91,7 +94,10 @@ def choices(results: Results) -> str:
     """Settings that were compared on left-out training images, and which of them a row has; "" where none were."""
     rows = []
     for key, row in ROWS.items():
-        for settings, record in results.choices(key):
+        for settings in CHOICES.get(key, ()):
+            record = results.choice(key, settings)
+            if record is None:
+                continue
             taken = all(getattr(row, option) == value for option, value in settings.items())
             values = ", ".join(f"{option} {value}" for option, value in settings.items())
             rows.append([row.name, values, f"{record['clean_error']:.1f}", _robust(record), "taken" if taken else ""])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ from bnsurgery import (
     Finetuning,
     adv_finetune,
     bn_layers,
+    bn_state,
     freeze_except_bn,
+    load_bn_state,
     reset_bn_stats,
     save_bn_patch,
 )
 from examples.resnet import ResNet, resnet20
 from examples.walter.data import Images, batches
-from examples.walter.files import Folder, Problem, load_weights, origin, read_json, save_weights, write, write_json
+from examples.walter.files import Folder, Problem, load_weights, origin, read_json, serialized, write, write_json
 from examples.walter.results import Results
 from examples.walter.rows import ROWS, Row
 from examples.walter.scales import Scale
@@ -33,7 +37,7 @@ class Context:
 
     Attributes:
         folder: of the results.
-        images: CIFAR-10 or the sample of it.
+        read: reads CIFAR-10 or the sample of it, once it is needed.
         scale: how much is done.
         device: where.
         deadline: in ``time.monotonic()``'s seconds; None: there is none.
@@ -42,12 +46,17 @@ class Context:
     """
 
     folder: Folder
-    images: Images
+    read: Callable[[], Images]
     scale: Scale
     device: torch.device
     deadline: float | None = None
     bars: bool = True
     worked: bool = field(default=False, init=False)
+
+    @cached_property
+    def images(self) -> Images:
+        """CIFAR-10, or the sample of it."""
+        return self.read()
 
     @property
     def results(self) -> Results:
@@ -66,7 +75,7 @@ class Context:
 
 
 def network(context: Context, key: str) -> ResNet:
-    """The network of a row that is trained.
+    """The network of a row that is trained; without its weights, that of its start with its BN patch, if that is all.
 
     Raises:
         Problem: it is not, or its weights are missing, damaged or of another width.
@@ -74,7 +83,13 @@ def network(context: Context, key: str) -> ResNet:
     record = context.results.training(key)
     if record is None:
         raise Problem(f"{key} is not trained yet: train it first")
-    folder, model = context.folder, resnet20(context.folder.width)
+    row, folder = context.scale.row(ROWS[key]), context.folder
+    if row.only_bn and not folder.weights(key).exists():
+        model = initial(context, row)
+        load_bn_state(model, bn_state(context.results.network(key)))
+        if serialized(model)[1] == record["sha256"]:
+            return model
+    model = resnet20(folder.width)
     load_weights(model, folder.weights(key), record["sha256"], folder.record(key, "train"))
     return model.to(context.device).to(memory_format=torch.channels_last)
 
@@ -98,10 +113,20 @@ def initial(context: Context, row: Row) -> ResNet:
     return model
 
 
-def tune(
-    context: Context, row: Row, model: ResNet, images: Images, *, checkpoint: Path | None, max_seconds: float | None
-) -> Finetuning:
-    """Trains a model as a row says, in place."""
+def start_of(context: Context, key: str) -> str | None:
+    """The SHA-256 of the network that a row starts from; None: it starts from random weights."""
+    start = ROWS[key].start
+    record = None if start is None else context.results.training(start)
+    return None if record is None else str(record["sha256"])
+
+
+def tune(context: Context, row: Row, model: ResNet, images: Images, checkpoint: Path) -> Finetuning:
+    """Trains a model as a row says, in place; goes on from the checkpoint, and ends at the deadline.
+
+    Raises:
+        Problem: the checkpoint is damaged, of another run, or cannot be written.
+    """
+    left = context.left
 
     def say(record: EpochRecord, _: torch.nn.Module) -> None:
         left = record.seconds * (row.epochs - record.epoch - 1) / 60
@@ -111,24 +136,29 @@ def tune(
             flush=True,
         )
 
-    return adv_finetune(
-        model,
-        batches(images, adversarial=row.adversarial, batch_size=context.scale.batch_size, device=context.device),
-        epochs=row.epochs,
-        train=row.train,
-        also=row.also,
-        attack=row.attack(),
-        eps_warmup=row.eps_warmup,
-        lr=row.lr,
-        weight_decay=row.weight_decay,
-        schedule="cosine",
-        step_precision="auto",
-        seed=context.folder.seed,
-        max_seconds=max_seconds,
-        checkpoint=checkpoint,
-        callbacks=() if context.bars else say,
-        progress=context.bars,
-    )
+    try:
+        return adv_finetune(
+            model,
+            batches(images, adversarial=row.adversarial, batch_size=context.scale.batch_size, device=context.device),
+            epochs=row.epochs,
+            train=row.train,
+            also=row.also,
+            attack=row.attack(),
+            eps_warmup=row.eps_warmup,
+            lr=row.lr,
+            weight_decay=row.weight_decay,
+            schedule="cosine",
+            step_precision="auto",
+            seed=context.folder.seed,
+            max_seconds=None if left is None else max(left, 1e-3),
+            checkpoint=checkpoint,
+            callbacks=() if context.bars else say,
+            progress=context.bars,
+        )
+    except CheckpointError as error:
+        raise Problem(str(error)) from None
+    except OSError as error:
+        raise Problem(f"cannot write {checkpoint}: {error.strerror or error}") from None
 
 
 def train(context: Context, key: str) -> bool:
@@ -143,32 +173,21 @@ def train(context: Context, key: str) -> bool:
     if not context.fits(context.results.seconds_an_epoch(ROWS[key])):
         return False
     context.worked = True
+    images = context.images.first(context.scale.training)
     with context.folder.locked(key):
-        return _train(context, key)
+        return _train(context, key, images)
 
 
-def _train(context: Context, key: str) -> bool:
+def _train(context: Context, key: str, images: Images) -> bool:
     row, folder = context.scale.row(ROWS[key]), context.folder
     model = initial(context, row)
-    start = None if row.start is None else context.results.training(row.start)
-    calls = _calls(folder.interim(f"{key}.calls.json"), context)
-    left = context.left
-    try:
-        run = tune(
-            context,
-            row,
-            model,
-            context.images.first(context.scale.training),
-            checkpoint=folder.interim(f"{key}.checkpoint"),
-            max_seconds=None if left is None else max(left, 1e-3),
-        )
-    except CheckpointError as error:
-        raise Problem(str(error)) from None
-    except OSError as error:
-        raise Problem(f"cannot write {folder.interim(f'{key}.checkpoint')}: {error.strerror or error}") from None
+    checkpoint, log = folder.interim(f"{key}.checkpoint"), folder.interim(f"{key}.calls.json")
+    calls = _calls(log, context, goes_on=checkpoint.exists())
+    run = tune(context, row, model, images, checkpoint)
     if run.ended != "epochs":
         return False
-    sha256 = save_weights(model, folder.weights(key))
+    data, sha256 = serialized(model)
+    write(folder.interim(f"{key}.safetensors"), lambda partial: partial.write_bytes(data))
     write(folder.patch(key), lambda partial: save_bn_patch(model, partial))
     write_json(
         folder.record(key, "train"),
@@ -178,20 +197,22 @@ def _train(context: Context, key: str) -> bool:
             "trains": shares(model, row),
             "statistics": row.statistics,
             "sha256": sha256,
-            "start_sha256": None if start is None else start["sha256"],
+            "start_sha256": start_of(context, key),
             "seconds": round(sum(record.seconds for record in run.history), 1),
             "history": run.record()["history"],
             "calls": calls,
             **calls[-1],
         },
     )
+    for path in (checkpoint, log):
+        path.unlink(missing_ok=True)  # where the record is removed, the row is to be trained anew
     return True
 
 
-def _calls(path: Path, context: Context) -> list[dict[str, Any]]:
+def _calls(path: Path, context: Context, *, goes_on: bool) -> list[dict[str, Any]]:
     """What each call that worked on a result was made with, this one last; kept beside the checkpoint."""
     before: list[dict[str, Any]] = []
-    if path.exists():
+    if goes_on and path.exists():
         before = read_json(path, lambda record: list(record["calls"]))["calls"]
     calls = [*before, origin(context.folder.seed, context.device)]
     write_json(path, {"calls": calls})

@@ -94,6 +94,8 @@ def plot_errors(epochs: Sequence[float], errors: Mapping[str, Sequence[float]], 
 def plot_histograms(histograms: Mapping[str, Histogram], *, xlabel: str, ax: Axes | None = None) -> Axes:
     """Draws histograms as outlines over one another, each in percent of its own values.
 
+    Values outside the edges are not drawn: the legend counts them.
+
     Args:
         histograms: by the name that the legend shows, what :func:`bnsurgery.analysis.histogram` returned.
         xlabel: what the values are, and their unit.
@@ -117,7 +119,8 @@ def plot_histograms(histograms: Mapping[str, Histogram], *, xlabel: str, ax: Axe
         raise ValueError("histograms must hold at least one, got none")
     ax = _axes(ax)
     for index, (name, found) in enumerate(histograms.items()):
-        ax.stairs(found.shares, found.edges, label=name, lw=1.5, ls=_LINES[index % len(_LINES)])
+        label = f"{name} ({found.outside:,} outside)" if found.outside else name
+        ax.stairs(found.shares, found.edges, label=label, lw=1.5, ls=_LINES[index % len(_LINES)])
     ax.set(xlabel=xlabel, ylabel="share of values (%)")
     ax.legend()
     return ax
