@@ -5,6 +5,7 @@ Run as ``python ranks.py RANK WORLD STORE OUT``; each process writes ``OUT.RANK`
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -53,3 +54,5 @@ def main(rank: int, world: int, store: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    sys.stderr.flush()
+    os._exit(0)  # threads of torch's that outlive the group may abort an interpreter that is being taken down
