@@ -173,7 +173,7 @@ def test_a_row_is_attacked_ever_harder_where_it_says_so() -> None:
     row = ROWS["bn-only-params-warm"]
     assert row.configuration()["attack"] == f"{row.attack()!r}, eps_warmup={row.eps_warmup}"
     assert row.configuration() | {"attack": repr(row.attack())} == replace(row, eps_warmup=0).configuration()
-    assert [row.shortened(epochs).eps_warmup for epochs in (1, 2, 3, 12, 99)] == [0, 1, 2, 4, 4]
+    assert [row.shortened(epochs).eps_warmup for epochs in (1, 2, 3, 12, 99)] == [0, 1, 2, 7, 7]
     assert ROWS["bn-only-params"].eps_warmup == 0
     assert "eps_warmup" not in str([other.configuration() for other in table().values()])
 

@@ -98,7 +98,7 @@ def choices(results: Results) -> str:
             record = results.choice(key, settings)
             if record is None:
                 continue
-            taken = all(getattr(row, option) == value for option, value in settings.items())
+            taken = all(getattr(row, option) == value for option, value in settings.items() if option != "epochs")
             values = ", ".join(f"{option} {value}" for option, value in settings.items())
             rows.append([row.name, values, f"{record['clean_error']:.1f}", _robust(record), "taken" if taken else ""])
     return markdown(["row", "setting", "clean", "PGD-20", ""], rows) if rows else ""
