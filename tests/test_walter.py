@@ -337,6 +337,49 @@ def test_a_network_that_is_published_beside_its_results_is_used(images: data.Ima
     assert not made.folder.interim("normal.safetensors").exists()
 
 
+def test_a_damaged_network_that_is_published_can_be_trained_anew_as_the_message_says(
+    images: data.Images, tmp_path: Path
+) -> None:
+    made = context(images, tmp_path)
+    assert training.train(made, "normal")
+    published = made.folder.path / "normal.safetensors"
+    made.folder.weights("normal").rename(published)
+    whole = published.read_bytes()
+    published.write_bytes(whole[:100])
+    with pytest.raises(Problem, match=r"cannot read .*normal\.safetensors .*: remove .*normal\.train\.json"):
+        training.network(made, "normal")
+    made.folder.record("normal", "train").unlink()
+    assert training.train(made, "normal")
+    training.network(made, "normal")
+    assert published.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_what_another_process_finishes_meanwhile_is_not_made_again(
+    kind: str, images: data.Images, tmp_path: Path, few_attacks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = context(images, tmp_path)
+    work = training.train if kind == "train" else evaluating.evaluate_row
+    if kind == "evaluate":
+        assert training.train(other, "normal")
+
+    def meanwhile() -> data.Images:
+        assert work(other, "normal")
+        monkeypatch.setattr(training, "_train", lambda *_: pytest.fail("trained again"))
+        monkeypatch.setattr(evaluating, "_evaluate", lambda *_: pytest.fail("evaluated again"))
+        return images
+
+    made = replace(context(images, tmp_path), read=meanwhile)
+    assert work(made, "normal")
+    assert made.folder.record("normal", kind).exists()
+
+
+def test_an_evaluation_of_what_is_not_trained_reads_no_images(images: data.Images, tmp_path: Path) -> None:
+    made = replace(context(images, tmp_path), read=lambda: pytest.fail("read"))
+    with pytest.raises(Problem, match=r"^adv is not trained yet: train it first$"):
+        evaluating.evaluate_row(made, "adv")
+
+
 def test_where_a_record_is_removed_a_row_is_trained_anew(images: data.Images, tmp_path: Path) -> None:
     made = context(images, tmp_path)
     assert training.train(made, "normal")
@@ -615,11 +658,20 @@ def test_what_cannot_be_checked_yet_waits(as_in_the_paper: Results, capsys: pyte
     folder.record("bn-params-longer", "evaluate").unlink()
     made, pending = checks.checks(as_in_the_paper)
     assert len(made) == 13
-    assert pending == [f"bn-params-longer is not evaluated yet in {folder.path}"]
-    assert walter.main(["check", "--out", str(folder.root), "--width", "2"]) == 2
+    assert pending == [f"waits  BN PARAMS has settled: bn-params-longer is not evaluated yet in {folder.path}"]
+    command = ["check", "--out", str(folder.root), "--width", "2"]
+    assert walter.main(command) == 3
     printed = capsys.readouterr()
     assert printed.out.count("holds") == 13
-    assert printed.err.startswith("walter: error: 1 of 14 checks must wait: bn-params-longer is not evaluated yet in")
+    assert printed.out.splitlines()[-1] == pending[0]
+    assert printed.err == ""
+    put(folder, "adv", 18, held(75))
+    assert walter.main(command) == 1  # what fails is more than what waits
+    for path in folder.path.glob("*.json"):
+        path.unlink()
+    capsys.readouterr()
+    assert walter.main(command) == 3
+    assert capsys.readouterr().out.count("waits  ") == 14
 
 
 def test_check_exits_with_1_where_one_fails(as_in_the_paper: Results, capsys: pytest.CaptureFixture[str]) -> None:
@@ -672,6 +724,9 @@ def test_tables_show_ours_beside_the_papers_and_what_is_pending(as_in_the_paper:
     text = tables.everything(as_in_the_paper)
     assert "| ADV | 30 | pending | pending | pending | pending | pending | pending | 17.67 | 58.4 |" in text
     assert "| 2/255 | 2.00 ± 0.10 | 99.8 ± 1.0 | pending | pending |" in text
+    # Eleven rows and one beside them, of two minutes each but for ADV.
+    assert "Finished: 10 of the 11 rows above and 1 of 7 beside them; together 0.4 hours.\n" in text
+    assert "| BN PARAMS, twice the epochs | 29.00 | 70.0 ± 1.0 | 2.00 ± 0.10 | 0.0 |" in text
 
 
 def test_the_figures_show_the_eighth_layer_the_means_and_the_outputs(as_in_the_paper: Results) -> None:
@@ -696,6 +751,18 @@ def test_the_figures_show_the_eighth_layer_the_means_and_the_outputs(as_in_the_p
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ["NORMAL", "ADV", "BN PARAMS"]
         assert all(ax.get_legend() is None and ax.get_ylabel().endswith("(%)") for ax in figure.axes)
+
+
+def test_figure_3_says_what_it_does_not_draw(as_in_the_paper: Results) -> None:
+    path = as_in_the_paper.folder.record("adv", "evaluate")
+    record = json.loads(path.read_text("utf-8"))
+    record["histograms"]["clean"]["confidence"]["outside"] = 1  # of the axes that the legend is of
+    record["histograms"]["adversarial"]["logits"]["outside"] = 1234
+    path.write_text(json.dumps(record), encoding="utf-8")
+    figure = figures.predictions(as_in_the_paper)
+    said = "not drawn, outside the axis: {} of ADV"
+    assert [ax.get_title() for ax in figure.axes] == [said.format("1"), "", "", said.format("1,234")]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["NORMAL", "ADV", "BN PARAMS"]
 
 
 def test_a_network_with_a_rows_patch_folds_to_what_the_row_has(trained: training.Context) -> None:
@@ -782,6 +849,26 @@ def test_choose_compares_settings_on_left_out_training_images(
     assert compared[2] == f"| NORMAL +BN ONLY | lr 0.1, gamma one | {clean:.1f} | {robust:.1f} ± {error:.1f} | taken |"
     assert compared[3].startswith("| NORMAL +BN ONLY | lr 0.2, gamma uniform | ")
     assert compared[3].endswith("|  |")
+
+
+def test_a_comparison_of_another_start_or_of_other_images_is_not_shown_as_one_of_this(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CHOICES, "bn-params", ({"lr": 0.1},))  # type: ignore[arg-type]
+    options = ["--quick", "--width", "2"]
+    assert walter.main(["choose", "bn-params", *options]) == 0
+    path = here / "runs/walter-quick/w2-seed0/bn-params-lr0.1.choose.json"
+    record = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(record | {"start_sha256": "other"}), encoding="utf-8")
+    capsys.readouterr()
+    assert walter.main(["table", *options]) == 0
+    assert "| BN PARAMS | lr 0.1 | - | - | of another NORMAL |\n" in capsys.readouterr().out
+    assert walter.main(["choose", "bn-params", *options]) == 2
+    assert "bn-params-lr0.1.choose.json started from a network of normal, and not from" in capsys.readouterr().err
+    path.write_text(json.dumps(record | {"examples": [64, 9]}), encoding="utf-8")
+    for command in (["table"], ["choose", "bn-params"]):
+        assert walter.main([*command, *options]) == 2
+        assert "was made otherwise (examples was [64, 9], is [64, 8])" in capsys.readouterr().err
 
 
 def test_the_table_has_no_empty_part_where_nothing_was_compared(trained: training.Context) -> None:
@@ -911,10 +998,35 @@ def test_a_row_that_has_diverged_is_not_attacked(
     monkeypatch.setattr(evaluating, "network", lambda *_: whole)
     monkeypatch.setattr(evaluating, "evaluate", lambda *_, **__: pytest.fail("attacked"))
     with pytest.raises(
-        Problem, match=r"^normal has diverged, its outputs are not finite: remove .*normal\.train\.json"
+        evaluating.Diverged,
+        match=r"^normal has diverged, its outputs are not finite: .*rows\.py, and remove .*normal\.train\.json",
     ):
         evaluating.evaluate_row(made, "normal")
     assert not made.folder.record("normal", "evaluate").exists()
+
+
+def test_all_goes_on_beside_what_has_diverged(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walter, "ROWS", {key: ROWS[key] for key in ("adv", "normal", "bn-stats", "normal-bn-only")})
+    monkeypatch.setattr(walter, "short", lambda _, key: f"{key} is done")
+    done = []
+
+    def evaluated(_: training.Context, key: str) -> bool:
+        if key == "normal":
+            raise evaluating.Diverged("normal has diverged")
+        done.append(key)
+        return True
+
+    monkeypatch.setattr(evaluating, "evaluate_row", evaluated)
+    assert walter.main(["all", "--quick", "--width", "2"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "walter: error: normal has diverged\n"
+    assert done == ["adv", "normal-bn-only"]
+    assert "    left out: normal has diverged\n" in printed.out
+    assert "## Errors in percent" in printed.out
+    folder = here / "runs" / "walter-quick" / "w2-seed0"
+    assert {path.name for path in folder.glob("*.train.json")} == {f"{key}.train.json" for key in (*done, "normal")}
 
 
 def of_another_network(record: dict[str, Any]) -> None:
@@ -1044,7 +1156,6 @@ def test_a_file_of_one_row_does_not_stop_another(images: data.Images, tmp_path: 
         (["all", "--device", "privateuseone"], "argument --device: 'privateuseone' is not available here"),
         (["train", "adv", "--quick", "--out", "file"], "--out file cannot be a folder: "),
         (["table"], "there are no results in runs/walter/w16-seed0"),
-        (["check", "--out", "half"], "14 of 14 checks must wait: bn-stats is not evaluated yet in half/w16-seed0"),
         (["figures", "--out", "half"], "normal is not trained yet in half/w16-seed0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bnsurgery.analysis import weight_shift
@@ -49,40 +49,39 @@ class Check:
 
 
 def checks(results: Results) -> tuple[list[Check], list[str]]:
-    """All that can be checked, and for the others what is missing.
+    """All that can be checked, and a line for each of the others that says what is missing.
 
     Raises:
         Problem: a file is damaged.
     """
     made: list[Check] = []
     pending: list[str] = []
-    for check in _all(results):
+    for finding, check in _all(results):
         try:
-            made.append(check())
+            made.append(check(finding))
         except Pending as missing:  # noqa: PERF203 - of a dozen or so
-            pending.append(str(missing))
+            pending.append(f"waits  {finding}: {missing}")
     return made, pending
 
 
-def _all(results: Results) -> list[Callable[[], Check]]:
-    def below(finding: str, key: str, than: str, bound: float) -> Callable[[], Check]:
-        return lambda: _judged(finding, results, key, than, bound, sign=-1)
+def _all(results: Results) -> Iterator[tuple[str, Callable[[str], Check]]]:
+    """The findings, and how each is checked."""
 
-    def above(finding: str, key: str, than: str, bound: float) -> Callable[[], Check]:
-        return lambda: _judged(finding, results, key, than, bound, sign=1)
+    def against(key: str, than: str, bound: float, *, sign: int) -> Callable[[str], Check]:
+        return lambda finding: _judged(finding, results, key, than, bound, sign=sign)
 
-    return [
-        *(below("statistics alone give nothing", key, "normal", NOTHING) for key in ("bn-stats", "bn-stats-reset")),
-        above("parameters and statistics together give a lot", "bn-params", "normal", LOT),
-        below("parameters alone give little", "bn-only-params", "normal", HALF),
-        above("parameters alone give less than both", "bn-params", "bn-only-params", 0.0),
-        lambda: _ruinous(results),
-        *(below("random features give next to nothing", key, "normal", LITTLE) for key in RANDOM),
-        lambda: _most(results),
-        below("+log+conv1 helps little", "bn-params-log-conv1", "bn-params", LITTLE),
-        lambda: _falls(results),
-        lambda: _settled(results),
-    ]
+    for key in ("bn-stats", "bn-stats-reset"):
+        yield "statistics alone give nothing", against(key, "normal", NOTHING, sign=-1)
+    yield "parameters and statistics together give a lot", against("bn-params", "normal", LOT, sign=1)
+    yield "parameters alone give little", against("bn-only-params", "normal", HALF, sign=-1)
+    yield "parameters alone give less than both", against("bn-params", "bn-only-params", 0.0, sign=1)
+    yield "parameters alone, at a ruinous clean error", lambda finding: _ruinous(finding, results)
+    for key in RANDOM:
+        yield "random features give next to nothing", against(key, "normal", LITTLE, sign=-1)
+    yield "ADV is the most robust", lambda finding: _most(finding, results)
+    yield "+log+conv1 helps little", against("bn-params-log-conv1", "bn-params", LITTLE, sign=-1)
+    yield "the mean normalized weight falls", lambda finding: _falls(finding, results)
+    yield "BN PARAMS has settled", lambda finding: _settled(finding, results)
 
 
 def _judged(finding: str, results: Results, key: str, than: str, bound: float, *, sign: int) -> Check:
@@ -93,19 +92,19 @@ def _judged(finding: str, results: Results, key: str, than: str, bound: float, *
     return Check(finding, text, sign * gain.beyond(bound))
 
 
-def _ruinous(results: Results) -> Check:
+def _ruinous(finding: str, results: Results) -> Check:
     alone, both = results.clean("bn-only-params"), results.clean("bn-params")
     worse = Estimate(alone.value - both.value, math.hypot(alone.error, both.error))
     text = f"clean error {worse.value:+.1f} ± {worse.error:.1f} points against BN PARAMS, above {LOT:g}"
-    return Check("parameters alone, at a ruinous clean error", text, worse.beyond(LOT))
+    return Check(finding, text, worse.beyond(LOT))
 
 
-def _most(results: Results) -> Check:
+def _most(finding: str, results: Results) -> Check:
     gains = {key: results.more_robust("adv", key).value for key in table() if key != "adv"}
-    return _judged("ADV is the most robust", results, "adv", min(gains, key=lambda key: gains[key]), 0.0, sign=1)
+    return _judged(finding, results, "adv", min(gains, key=lambda key: gains[key]), 0.0, sign=1)
 
 
-def _falls(results: Results) -> Check:
+def _falls(finding: str, results: Results) -> Check:
     """The standard error is that of the mean over the layers, which are no sample: it says how alike they are."""
     shift = weight_shift(results.folded("normal"), results.folded("bn-params"))
     layers = list(shift.layers.values())
@@ -114,10 +113,10 @@ def _falls(results: Results) -> Check:
         f"BN PARAMS - NORMAL {shift.mean:+.3f} ± {spread:.3f} over {len(layers)} layers, "
         f"median {statistics.median(layers):+.3f}"
     )
-    return Check("the mean normalized weight falls", text, Estimate(-shift.mean, spread).beyond(0.0))
+    return Check(finding, text, Estimate(-shift.mean, spread).beyond(0.0))
 
 
-def _settled(results: Results) -> Check:
+def _settled(finding: str, results: Results) -> Check:
     gain = results.more_robust("bn-params-longer", "bn-params")
     text = f"twice the epochs change robust error by {-gain.value:+.1f} ± {gain.error:.1f} points, below {NOTHING:g}"
-    return Check("BN PARAMS has settled", text, (NOTHING - abs(gain.value)) / gain.error)
+    return Check(finding, text, (NOTHING - abs(gain.value)) / gain.error)

@@ -17,24 +17,31 @@ from examples.resnet import ResNet
 from examples.walter.files import Problem, origin, read_json, require_same, write_json
 from examples.walter.results import look_at_chunk
 from examples.walter.rows import EPS, ROWS
-from examples.walter.training import Context, network
+from examples.walter.training import Context, network, require_trained
 
 CONFIDENCES, LOGITS = (0.0, 1.0), (-40.0, 40.0)
 """Bounds of the histograms of Figure 3."""
+
+
+class Diverged(Problem):
+    """The outputs of a row are not finite."""
 
 
 def evaluate_row(context: Context, key: str) -> bool:
     """Evaluates a row that is trained, or goes on with it; whether it is finished.
 
     Raises:
+        Diverged: its outputs are not finite.
         Problem: the row is not trained yet, a file is damaged or of another configuration, a disk is full, or another
             process works on it.
     """
     if context.results.evaluation(key) is not None:
         return True
+    require_trained(context, key)
     data = context.images.tests(context.scale.robust)
     with context.folder.locked(key), float32():
-        return _evaluate(context, key, data)
+        # Another process may have finished it while the images were read.
+        return context.results.evaluation(key) is not None or _evaluate(context, key, data)
 
 
 @contextmanager
@@ -52,8 +59,8 @@ def _evaluate(context: Context, key: str, data: tuple[Tensor, Tensor]) -> bool:
     model = network(context, key)
     clean = outputs(model, data)
     if not bool(clean.logits.isfinite().all()):
-        remedy = f"remove {context.folder.record(key, 'train')}, and train it with other settings"
-        raise Problem(f"{key} has diverged, its outputs are not finite: {remedy}")
+        remedy = f"change its settings in examples/walter/rows.py, and remove {context.folder.record(key, 'train')}"
+        raise Diverged(f"{key} has diverged, its outputs are not finite: {remedy}")
     done = autoattack(context, key, model)
     if done is None or not context.fits(None):
         return False

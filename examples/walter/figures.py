@@ -94,12 +94,16 @@ def predictions(results: Results) -> Figure:
                 record = results.evaluated(key)
                 found[ROWS[key].name] = Histogram(**record["histograms"][kind][what])
             plot_histograms(found, xlabel=f"{label}, {kind} examples", ax=ax)
+            outside = [f"{found.outside:,} of {name}" for name, found in found.items() if found.outside]
+            if outside:
+                ax.set_title(f"not drawn, outside the axis: {', '.join(outside)}", fontsize="small")
     return _with_one_legend(figure)
 
 
 def _with_one_legend(figure: Figure) -> Figure:
     """A legend above all axes, where it covers no curve, in place of one in each."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    handles, _ = figure.axes[0].get_legend_handles_labels()
+    labels = [ROWS[key].name for key in SHOWN]
     for ax in figure.axes:
         if (legend := ax.get_legend()) is not None:
             legend.remove()

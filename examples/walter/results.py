@@ -19,6 +19,10 @@ PAPER_SHIFT = -0.177
 """Average difference of the normalized weights, BN PARAMS - NORMAL, in the paper."""
 
 
+class OtherStart(Problem):
+    """A result is of a network that started from another one than is here."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number with its standard error, both in the same unit."""
@@ -62,6 +66,8 @@ class Results:
         """
         path = self.folder.choice(key, settings)
         record = _kept(path, _look_at_choice, self.scale.of_choice(ROWS[key], settings, self.folder.width))
+        if record is not None:
+            require_same(path, record, {"examples": [self.scale.held_out, self.scale.robust]})
         return self._of_this_start(key, path, record)
 
     def _of_this_start(self, key: str, path: Path, record: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -70,7 +76,7 @@ class Results:
             now = self.training(start)
             if now is None or now["sha256"] != record["start_sha256"]:
                 what = "which is not here" if now is None else "and not from the one that is here"
-                raise Problem(f"{path} started from a network of {start}, {what}: remove it, and it is made again")
+                raise OtherStart(f"{path} started from a network of {start}, {what}: remove it, and it is made again")
         return record
 
     def evaluation(self, key: str) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from examples.resnet import resnet20
-from examples.walter.results import Results, at
+from examples.walter.results import OtherStart, Results, at
 from examples.walter.rows import CHOICES, EPS, ROWS, Row, table
 from examples.walter.training import shares
 
@@ -43,7 +43,8 @@ def errors(results: Results) -> str:
     head = ["row", "epochs", *(f"clean, first {count:,}" for count in scale.clean)]
     head += [f"{attack}, first {scale.robust:,}" for attack in ("AutoAttack", "PGD-20")]
     return markdown(
-        [*head, "hours", "paper: clean", "AutoAttack"], (_errors(results, key, row) for key, row in table().items())
+        [*head, "hours", "paper: clean", "paper: AutoAttack"],
+        (_errors(results, key, row) for key, row in table().items()),
     )
 
 
@@ -54,13 +55,26 @@ def _errors(results: Results, key: str, row: Row) -> list[str]:
     if record is None:
         return [row.name, epochs, *[PENDING] * (len(results.scale.clean) + 3), *paper]
     errors = [f"{record['clean_error'][str(count)]:.2f}" for count in results.scale.clean]
-    hours = f"{((results.training(key) or {})['seconds'] + record['seconds']) / 3600:.1f}"
+    hours = f"{_hours(results, key):.1f}"
     return [row.name, epochs, *errors, _robust(record["autoattack"]), _robust(at(record, EPS)), hours, *paper]
+
+
+def _hours(results: Results, key: str) -> float:
+    """Of training and evaluation, of a row that is evaluated."""
+    return float((results.training(key) or {})["seconds"] + results.evaluated(key)["seconds"]) / 3600
+
+
+def time_taken(results: Results) -> str:
+    """One line: how many rows are finished, and how long they took."""
+    done = [key for key in ROWS if results.evaluation(key) is not None]
+    above, hours = sum(key in table() for key in done), sum(_hours(results, key) for key in done)
+    beside = f"{len(done) - above} of {len(ROWS) - len(table())} beside them"
+    return f"Finished: {above} of the {len(table())} rows above and {beside}; together {hours:.1f} hours.\n"
 
 
 def remarks(results: Results) -> str:
     """BN STATS at smaller radii, with the same radius in the forward passes, and rows beside the table."""
-    parts = []
+    parts, found_under = [], ("cross-entropy", "robust error")
     for key in ("bn-stats", "bn-stats-eps4", "bn-stats-eps2", "bn-stats-eps1"):
         eps = ROWS[key].eps
         cells = []
@@ -69,7 +83,7 @@ def remarks(results: Results) -> str:
             found = None if record is None else at(record, eps)
             cells += [PENDING] * 2 if found is None else [_loss(found), _robust(found)]
         parts.append([f"{255 * eps:.0f}/255", *cells])
-    head = ["eps", "NORMAL: cross-entropy", "robust error", "BN STATS: cross-entropy", "robust error"]
+    head = ["eps", *(f"{name}: {what}" for name in ("NORMAL", "BN STATS of this eps") for what in found_under)]
     text = markdown(head, parts) + "\n"
     rows = []
     for key in (
@@ -83,11 +97,13 @@ def remarks(results: Results) -> str:
     ):
         record = results.evaluation(key)
         if record is None:
-            rows.append([ROWS[key].name, *[PENDING] * 3])
+            rows.append([ROWS[key].name, *[PENDING] * 4])
             continue
         clean = record["clean_error"][str(max(results.scale.clean))]
-        rows.append([ROWS[key].name, f"{clean:.2f}", _robust(record["autoattack"]), _loss(at(record, EPS))])
-    return text + markdown(["row", "clean", "AutoAttack", "cross-entropy under PGD-20"], rows)
+        robust, loss, hours = _robust(record["autoattack"]), _loss(at(record, EPS)), f"{_hours(results, key):.1f}"
+        rows.append([ROWS[key].name, f"{clean:.2f}", robust, loss, hours])
+    most = f"clean, first {max(results.scale.clean):,}"
+    return text + markdown(["row", most, "AutoAttack", "cross-entropy under PGD-20", "hours"], rows)
 
 
 def choices(results: Results) -> str:
@@ -95,13 +111,18 @@ def choices(results: Results) -> str:
     rows = []
     for key, row in ROWS.items():
         for settings in CHOICES.get(key, ()):
-            record = results.choice(key, settings)
+            values = ", ".join(f"{option} {value}" for option, value in settings.items())
+            try:
+                record = results.choice(key, settings)
+            except OtherStart:
+                rows.append([row.name, values, "-", "-", f"of another {ROWS[str(row.start)].name}"])
+                continue
             if record is None:
                 continue
             taken = all(getattr(row, option) == value for option, value in settings.items() if option != "epochs")
-            values = ", ".join(f"{option} {value}" for option, value in settings.items())
             rows.append([row.name, values, f"{record['clean_error']:.1f}", _robust(record), "taken" if taken else ""])
-    return markdown(["row", "setting", "clean", "PGD-20", ""], rows) if rows else ""
+    clean, robust = (f"{count:,} left-out images" for count in (results.scale.held_out, results.scale.robust))
+    return markdown(["row", "setting", f"clean, {clean}", f"PGD-20, {robust}", "choice"], rows) if rows else ""
 
 
 def _robust(found: dict[str, Any]) -> str:
@@ -116,7 +137,7 @@ def everything(results: Results) -> str:
     """All tables."""
     width, compared = results.folder.width, choices(results)
     return (
-        f"## Errors in percent, width {width}, ± one standard error\n\n{errors(results)}\n"
+        f"## Errors in percent, width {width}, ± one standard error\n\n{errors(results)}\n{time_taken(results)}\n"
         f"## Parameters\n\n{parameters(width)}\n"
         f"## Remarks: under PGD-20\n\n{remarks(results)}"
         + (f"\n## Settings compared by `choose`\n\n{compared}" if compared else "")

@@ -80,9 +80,7 @@ def network(context: Context, key: str) -> ResNet:
     Raises:
         Problem: it is not, or its weights are missing, damaged or of another width.
     """
-    record = context.results.training(key)
-    if record is None:
-        raise Problem(f"{key} is not trained yet: train it first")
+    record = require_trained(context, key)
     row, folder = context.scale.row(ROWS[key]), context.folder
     if row.only_bn and not folder.weights(key).exists():
         model = initial(context, row)
@@ -92,6 +90,18 @@ def network(context: Context, key: str) -> ResNet:
     model = resnet20(folder.width)
     load_weights(model, folder.weights(key), record["sha256"], folder.record(key, "train"))
     return model.to(context.device).to(memory_format=torch.channels_last)
+
+
+def require_trained(context: Context, key: str) -> dict[str, Any]:
+    """The record of a row's training.
+
+    Raises:
+        Problem: there is none, it is damaged, or of another configuration.
+    """
+    record = context.results.training(key)
+    if record is None:
+        raise Problem(f"{key} is not trained yet: train it first")
+    return record
 
 
 def initial(context: Context, row: Row) -> ResNet:
@@ -175,7 +185,8 @@ def train(context: Context, key: str) -> bool:
     context.worked = True
     images = context.images.first(context.scale.training)
     with context.folder.locked(key):
-        return _train(context, key, images)
+        # Another process may have finished it while the images were read.
+        return context.results.training(key) is not None or _train(context, key, images)
 
 
 def _train(context: Context, key: str, images: Images) -> bool:
@@ -187,7 +198,7 @@ def _train(context: Context, key: str, images: Images) -> bool:
     if run.ended != "epochs":
         return False
     data, sha256 = serialized(model)
-    write(folder.interim(f"{key}.safetensors"), lambda partial: partial.write_bytes(data))
+    write(folder.weights(key), lambda partial: partial.write_bytes(data))
     write(folder.patch(key), lambda partial: save_bn_patch(model, partial))
     write_json(
         folder.record(key, "train"),
