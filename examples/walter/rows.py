@@ -128,6 +128,7 @@ CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "bn-params-log-conv1": tuple({"lr": lr} for lr in (0.1, 0.2, 0.4)),
     "bn-stats-log": tuple({"lr": lr} for lr in (0.0005, 0.005, 0.05)),
     "normal-bn-only": tuple({"lr": lr, "gamma": gamma} for lr in (0.05, 0.1, 0.2) for gamma in ("one", "uniform")),
+    "adv-bn-only": ({"lr": 0.1, "gamma": "one"}, {"lr": 0.1, "gamma": "uniform"}, {"lr": 0.4, "gamma": "one"}),
 }
 """By row: the settings that are compared on training images that are left out of training, to choose among them."""
 
