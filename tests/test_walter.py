@@ -21,7 +21,7 @@ from examples.walter import __main__ as walter
 from examples.walter import checks, data, evaluating, figures, files, planning, tables, training
 from examples.walter.files import Folder, Problem
 from examples.walter.results import Estimate, Results
-from examples.walter.rows import CHOICES, ROWS, needed, table
+from examples.walter.rows import CHOICES, ROWS, described, label, needed, table
 from examples.walter.scales import FULL, Scale
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -79,6 +79,13 @@ def test_every_row_comes_after_its_start() -> None:
     assert needed(["bn-stats-log"]) == ["normal", "bn-stats", "bn-stats-log"]
     assert needed(["adv"]) == ["adv"]
     assert set(CHOICES) < set(ROWS)
+
+
+def test_settings_have_names_for_files_and_for_tables() -> None:
+    settings = {"lr": 0.0003, "gamma": "one", "eps": 2 / 255, "epochs": 8}
+    assert label(settings) == "lr0.0003-gammaone-eps0.00784314-epochs8"
+    assert described(settings) == "lr 0.0003, gamma one, eps 2/255, epochs 8"
+    assert len({label(one) for one in CHOICES["adv-bn-only"]}) == len(CHOICES["adv-bn-only"])
 
 
 def test_the_attack_is_the_papers_and_smaller_radii_take_smaller_steps() -> None:

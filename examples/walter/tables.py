@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.resnet import resnet20
 from examples.walter.results import OtherStart, Results, at
-from examples.walter.rows import CHOICES, EPS, ROWS, Row, table
+from examples.walter.rows import CHOICES, EPS, ROWS, Row, described, table
 from examples.walter.training import shares
 
 PENDING = "pending"
@@ -111,7 +111,7 @@ def choices(results: Results) -> str:
     rows = []
     for key, row in ROWS.items():
         for settings in CHOICES.get(key, ()):
-            values = ", ".join(f"{option} {value}" for option, value in settings.items())
+            values = described(settings)
             try:
                 record = results.choice(key, settings)
             except OtherStart:
