@@ -94,7 +94,7 @@ def predictions(results: Results) -> Figure:
                 record = results.evaluated(key)
                 found[ROWS[key].name] = Histogram(**record["histograms"][kind][what])
             plot_histograms(found, xlabel=f"{label}, {kind} examples", ax=ax)
-            outside = [f"{found.outside:,} of {name}" for name, found in found.items() if found.outside]
+            outside = [f"{counts.outside:,} of {name}" for name, counts in found.items() if counts.outside]
             if outside:
                 ax.set_title(f"not drawn, outside the axis: {', '.join(outside)}", fontsize="small")
     return _with_one_legend(figure)

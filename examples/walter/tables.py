@@ -74,7 +74,7 @@ def time_taken(results: Results) -> str:
 
 def remarks(results: Results) -> str:
     """BN STATS at smaller radii, with the same radius in the forward passes, and rows beside the table."""
-    parts, found_under = [], ("cross-entropy", "robust error")
+    parts, measures = [], ("cross-entropy", "robust error")
     for key in ("bn-stats", "bn-stats-eps4", "bn-stats-eps2", "bn-stats-eps1"):
         eps = ROWS[key].eps
         cells = []
@@ -83,7 +83,7 @@ def remarks(results: Results) -> str:
             found = None if record is None else at(record, eps)
             cells += [PENDING] * 2 if found is None else [_loss(found), _robust(found)]
         parts.append([f"{255 * eps:.0f}/255", *cells])
-    head = ["eps", *(f"{name}: {what}" for name in ("NORMAL", "BN STATS of this eps") for what in found_under)]
+    head = ["eps", *(f"{name}: {what}" for name in ("NORMAL", "BN STATS of this eps") for what in measures)]
     text = markdown(head, parts) + "\n"
     rows = []
     for key in (
