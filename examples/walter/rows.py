@@ -124,7 +124,7 @@ CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "bn-params": tuple({"lr": lr} for lr in (0.05, 0.1, 0.2, 0.4, 0.8)),
     "bn-only-params": tuple({"lr": lr} for lr in (0.0001, 0.0003, 0.001, 0.003, 0.01)),
     # From 1/255 on, as in the row itself.
-    "bn-only-params-warm": tuple({"lr": lr, "epochs": 8, "eps_warmup": 7} for lr in (0.001, 0.003, 0.01)),
+    "bn-only-params-warm": tuple({"lr": lr, "epochs": 8, "eps_warmup": 7} for lr in (0.001, 0.003, 0.01, 0.03, 0.1)),
     "bn-params-log-conv1": tuple({"lr": lr} for lr in (0.1, 0.2, 0.4)),
     "bn-stats-log": tuple({"lr": lr} for lr in (0.0005, 0.005, 0.05)),
     "normal-bn-only": tuple({"lr": lr, "gamma": gamma} for lr in (0.05, 0.1, 0.2) for gamma in ("one", "uniform")),
