@@ -112,19 +112,21 @@ ROWS: Mapping[str, Row] = {
     "bn-stats-eps2": replace(_STATS, name="BN STATS (no reset), eps 2/255", eps=2 / 255),
     "bn-stats-eps1": replace(_STATS, name="BN STATS (no reset), eps 1/255", eps=1 / 255),
     "bn-stats-log": replace(_STATS, name="BN STATS (no reset) +log", start="bn-stats", also=("logits",), epochs=3),
-    "bn-only-params-warm": replace(
-        _BN, name="BN ONLY PARAMS, eps warmed up", train="bn-params", lr=0.003, eps_warmup=7
-    ),
+    "bn-only-params-warm": replace(_BN, name="BN ONLY PARAMS, eps warmed up", train="bn-params", lr=0.01, eps_warmup=7),
     "bn-params-no-decay": replace(_BN, name="BN PARAMS, no weight decay", weight_decay=0.0),
     "bn-params-longer": replace(_BN, name="BN PARAMS, twice the epochs", epochs=2 * _BN.epochs),
 }
 """By the name that the command line takes, each after what it starts from."""
 
 CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
-    "bn-params": tuple({"lr": lr} for lr in (0.05, 0.1, 0.2, 0.4, 0.8)),
+    # The last with eps warmed up, to compare with parameters alone.
+    "bn-params": (
+        *({"lr": lr} for lr in (0.05, 0.1, 0.2, 0.4, 0.8)),
+        {"lr": 0.4, "epochs": 8, "eps_warmup": 7},
+    ),
     "bn-only-params": tuple({"lr": lr} for lr in (0.0001, 0.0003, 0.001, 0.003, 0.01)),
     # From 1/255 on, as in the row itself.
-    "bn-only-params-warm": tuple({"lr": lr, "epochs": 8, "eps_warmup": 7} for lr in (0.001, 0.003, 0.01, 0.03, 0.1)),
+    "bn-only-params-warm": tuple({"lr": lr, "epochs": 8, "eps_warmup": 7} for lr in (0.001, 0.003, 0.01, 0.03)),
     "bn-params-log-conv1": tuple({"lr": lr} for lr in (0.1, 0.2, 0.4)),
     "bn-stats-log": tuple({"lr": lr} for lr in (0.0005, 0.005, 0.05)),
     "normal-bn-only": tuple({"lr": lr, "gamma": gamma} for lr in (0.05, 0.1, 0.2) for gamma in ("one", "uniform")),
