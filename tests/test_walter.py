@@ -18,11 +18,11 @@ import pytest
 import torch
 from examples.resnet import resnet20
 from examples.walter import __main__ as walter
-from examples.walter import checks, data, evaluating, figures, files, planning, tables, training
+from examples.walter import checks, choosing, data, evaluating, figures, files, planning, tables, training
 from examples.walter.files import Folder, Problem
 from examples.walter.results import Estimate, Results
 from examples.walter.rows import CHOICES, ROWS, described, label, needed, table
-from examples.walter.scales import FULL, Scale
+from examples.walter.scales import FULL, QUICK, Scale
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -477,16 +477,20 @@ def test_an_evaluation_goes_on_after_the_examples_that_are_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluating, "attacked", to_the_end)
+        patch.setattr(files, "COMMIT", "first")
         assert not evaluating.evaluate_row(made, "normal")
         assert not evaluating.evaluate_row(made, "normal")
     assert few_attacks == [4]
     assert not made.folder.record("normal", "evaluate").exists()
     made.deadline = None
+    monkeypatch.setattr(files, "COMMIT", "last")
     assert evaluating.evaluate_row(made, "normal")
     assert few_attacks[:2] == [4, 4]
     assert len(few_attacks) == 2 + 1  # clean error
     record = json.loads(made.folder.record("normal", "evaluate").read_text("utf-8"))
     assert record["autoattack"]["examples"] == 8
+    assert [call["commit"] for call in record["calls"]] == ["first", "last"]
+    assert record.items() >= record["calls"][-1].items()
 
 
 def test_parts_join_to_the_whole() -> None:
@@ -636,6 +640,7 @@ def test_the_papers_own_numbers_pass_every_check(as_in_the_paper: Results) -> No
         ("adv", 18, 75, "ADV is the most robust"),
         ("bn-params-log-conv1", 27, 60, "+log+conv1 helps little"),
         ("bn-params-longer", 29, 67, "BN PARAMS has settled"),
+        ("bn-params-longer", 29, 75, "BN PARAMS has settled"),
     ],
 )
 def test_each_check_can_fail(as_in_the_paper: Results, key: str, clean: float, robust: float, finding: str) -> None:
@@ -853,7 +858,7 @@ def test_choose_compares_settings_on_left_out_training_images(
     assert walter.main(["table", "--quick", "--width", "2"]) == 0
     compared = capsys.readouterr().out.split("## Settings compared by `choose`\n\n")[1].splitlines()
     clean, robust, error = (record[name] for name in ("clean_error", "robust_error", "standard_error"))
-    assert compared[2] == f"| NORMAL +BN ONLY | lr 0.1, gamma one | {clean:.1f} | {robust:.1f} ± {error:.1f} | taken |"
+    assert compared[2] == f"| NORMAL +BN ONLY | lr 0.1, gamma one | {clean:.1f} | {robust:.1f} ± {error:.1f} | yes |"
     assert compared[3].startswith("| NORMAL +BN ONLY | lr 0.2, gamma uniform | ")
     assert compared[3].endswith("|  |")
 
@@ -880,6 +885,46 @@ def test_a_comparison_of_another_start_or_of_other_images_is_not_shown_as_one_of
 
 def test_the_table_has_no_empty_part_where_nothing_was_compared(trained: training.Context) -> None:
     assert "choose" not in tables.everything(trained.results)
+
+
+def test_what_is_not_compared_yet_is_pending_beside_what_is(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--quick", "--width", "2"]
+    monkeypatch.setitem(CHOICES, "normal-bn-only", ({"lr": 0.2},))  # type: ignore[arg-type]
+    assert walter.main(["choose", "normal-bn-only", *options]) == 0
+    monkeypatch.setitem(CHOICES, "normal-bn-only", ({"lr": 0.2}, {"lr": 0.1}))  # type: ignore[arg-type]
+    capsys.readouterr()
+    assert walter.main(["table", *options]) == 0
+    compared = capsys.readouterr().out.split("## Settings compared by `choose`\n\n")[1].splitlines()
+    assert compared[2].startswith("| NORMAL +BN ONLY | lr 0.2 | ")
+    assert compared[3:] == ["| NORMAL +BN ONLY | lr 0.1 | pending | pending | yes |", ""]
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_comparison_in_small_takes_as_few_epochs_as_a_row(key: str) -> None:
+    for settings in CHOICES[key]:
+        small, whole = QUICK.compared(ROWS[key], settings), FULL.compared(ROWS[key], settings)
+        assert small.epochs == 1
+        assert small.eps_warmup == 0
+        assert whole.epochs == settings.get("epochs", 3)
+        assert whole.eps_warmup == settings.get("eps_warmup", min(ROWS[key].eps_warmup, 2))
+
+
+def test_each_call_that_worked_on_a_comparison_is_in_its_record(
+    images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CHOICES, "normal-bn-only", ({"lr": 0.1, "epochs": 2},))  # type: ignore[arg-type]
+    scale = replace(TINY, most_epochs=2)
+    for commit, deadline in (("a", time.monotonic() + 0.01), ("b", None)):
+        monkeypatch.setattr(files, "COMMIT", commit)
+        choosing.choose(context(images, tmp_path, scale=scale, deadline=deadline), "normal-bn-only")
+    folder = Folder(tmp_path, 2, 0)
+    record = json.loads(folder.choice("normal-bn-only", {"lr": 0.1, "epochs": 2}).read_text("utf-8"))
+    assert [call["commit"] for call in record["calls"]] == ["a", "b"]
+    assert (record["commit"], record["started"]) == ("b", record["calls"][-1]["started"])
+    assert len(record["history"]) == 2
+    assert [path.name for path in folder.interim("").iterdir()] == [".normal-bn-only-choose.lock"]
 
 
 def test_choose_stops_at_the_budget_and_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1008,6 +1053,24 @@ def test_a_row_that_has_diverged_is_not_attacked(
         evaluating.Diverged,
         match=r"^normal has diverged, its outputs are not finite: .*rows\.py, and remove .*normal\.train\.json",
     ):
+        evaluating.evaluate_row(made, "normal")
+    assert not made.folder.record("normal", "evaluate").exists()
+
+
+def test_a_row_whose_outputs_under_attack_are_not_finite_has_diverged(
+    images: data.Images, tmp_path: Path, few_attacks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = context(images, tmp_path)
+    assert training.train(made, "normal")
+    under = evaluating.under_attack
+
+    def spoiled(*arguments: Any) -> Any:
+        found = under(*arguments)
+        found.logits[0, 0] = math.nan
+        return found
+
+    monkeypatch.setattr(evaluating, "under_attack", spoiled)
+    with pytest.raises(evaluating.Diverged, match=r"^normal has diverged, its outputs are not finite: "):
         evaluating.evaluate_row(made, "normal")
     assert not made.folder.record("normal", "evaluate").exists()
 
@@ -1202,7 +1265,7 @@ def test_a_full_disk_is_said_and_nothing_is_left_in_pieces(
 ) -> None:
     with monkeypatch.context() as patch:
         before = {
-            "calls.json": (training, "_calls"),
+            "calls.json": (training, "note_call"),
             "checkpoint": (training, "tune"),
             "safetensors": (training, "serialized"),
             "patch.safetensors": (training, "save_bn_patch"),

@@ -8,9 +8,9 @@ from typing import Any
 
 from bnsurgery.analysis import outputs
 from examples.walter.evaluating import float32, pgd, under_attack
-from examples.walter.files import origin, write_json
+from examples.walter.files import write_json
 from examples.walter.rows import CHOICES, EPS, ROWS, label
-from examples.walter.training import Context, initial, start_of, tune
+from examples.walter.training import Context, initial, note_call, start_of, tune
 
 
 def choose(context: Context, key: str) -> tuple[str, bool]:
@@ -39,10 +39,11 @@ def one(context: Context, key: str, settings: Mapping[str, Any]) -> dict[str, An
     """Trains and measures one setting, or goes on with it; None where the budget ends before that."""
     context.worked = True
     scale, folder, path = context.scale, context.folder, context.folder.choice(key, settings)
-    made_with, row = origin(folder.seed, context.device), scale.compared(ROWS[key], settings)
+    row = scale.compared(ROWS[key], settings)
     images = context.images.held_out(scale.held_out, scale.compared_training)
-    checkpoint = folder.interim(f"{path.name}.checkpoint")
+    checkpoint, log = folder.interim(f"{path.name}.checkpoint"), folder.interim(f"{path.name}.calls.json")
     model = initial(context, row)
+    calls = note_call(log, context, goes_on=checkpoint.exists())
     run = tune(context, row, model, images, checkpoint)
     if run.ended != "epochs":
         return None
@@ -58,10 +59,12 @@ def one(context: Context, key: str, settings: Mapping[str, Any]) -> dict[str, An
         "examples": [len(y), len(last[1])],
         "seconds": round(sum(record.seconds for record in run.history), 1),
         "history": run.record()["history"],
-        **made_with,
+        "calls": calls,
+        **calls[-1],
         "start_sha256": start_of(context, key),
         "configuration": scale.of_choice(ROWS[key], settings, folder.width),
     }
     write_json(path, record)
-    checkpoint.unlink(missing_ok=True)
+    for done in (checkpoint, log):
+        done.unlink(missing_ok=True)
     return record

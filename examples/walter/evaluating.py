@@ -58,14 +58,14 @@ def float32() -> Iterator[None]:
 def _evaluate(context: Context, key: str, data: tuple[Tensor, Tensor]) -> bool:
     model = network(context, key)
     clean = outputs(model, data)
-    if not bool(clean.logits.isfinite().all()):
-        remedy = f"change its settings in examples/walter/rows.py, and remove {context.folder.record(key, 'train')}"
-        raise Diverged(f"{key} has diverged, its outputs are not finite: {remedy}")
+    require_finite(context, key, clean)
     done = autoattack(context, key, model)
     if done is None or not context.fits(None):
         return False
     began = time.perf_counter()
     under = {eps: under_attack(context, model, data, eps) for eps in context.scale.robust_eps}
+    for made in under.values():
+        require_finite(context, key, made)
     record = {
         "row": ROWS[key].name,
         "configuration": done["configuration"],
@@ -75,11 +75,18 @@ def _evaluate(context: Context, key: str, data: tuple[Tensor, Tensor]) -> bool:
         "pgd20": [pgd(clean, made) | {"eps": eps} for eps, made in under.items()],
         "histograms": {"clean": histograms(clean), "adversarial": histograms(under[EPS])},
         "calls": done["calls"],
-        **origin(context.folder.seed, context.device),
+        **done["calls"][-1],
     }
     record["seconds"] = round(sum(chunk["seconds"] for chunk in done["chunks"]) + time.perf_counter() - began, 1)
     write_json(context.folder.record(key, "evaluate"), record)
     return True
+
+
+def require_finite(context: Context, key: str, made: Outputs) -> None:
+    """Raises :class:`Diverged` where they are not."""
+    if not bool(made.logits.isfinite().all() and made.loss.isfinite().all()):
+        remedy = f"change its settings in examples/walter/rows.py, and remove {context.folder.record(key, 'train')}"
+        raise Diverged(f"{key} has diverged, its outputs are not finite: {remedy}")
 
 
 def autoattack(context: Context, key: str, model: ResNet) -> dict[str, Any] | None:

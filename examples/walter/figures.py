@@ -49,7 +49,7 @@ def weights(results: Results) -> Figure:
     """Figure 1: gamma, beta, normalized weight and bias of the 8th BN layer."""
     found: dict[str, dict[str, Tensor]] = {}
     for key in SHOWN:
-        model = results.network(key)
+        model = results.with_bn_of(key)
         name, layer = list(bn_layers(model).items())[LAYER - 1]
         affine = fold_bn(model)[name]
         found[ROWS[key].name] = {

@@ -155,9 +155,9 @@ class Results:
         Raises:
             Problem: there is no patch, or it is damaged or of another width.
         """
-        return fold_bn(self.network(key))
+        return fold_bn(self.with_bn_of(key))
 
-    def network(self, key: str) -> ResNet:
+    def with_bn_of(self, key: str) -> ResNet:
         """A network with a row's BN layers; nothing else in it is the row's.
 
         Raises:

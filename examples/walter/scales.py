@@ -55,7 +55,7 @@ class Scale:
 
     def compared(self, row: Row, settings: Mapping[str, Any]) -> Row:
         """The row with settings that are compared with others, trained briefly."""
-        return replace(row.shortened(self.compared_epochs), **settings)
+        return self.row(replace(row.shortened(self.compared_epochs), **settings))
 
     def of_choice(self, row: Row, settings: Mapping[str, Any], width: int) -> dict[str, Any]:
         """What decides about how settings compare, likewise."""

@@ -108,21 +108,24 @@ def remarks(results: Results) -> str:
 
 def choices(results: Results) -> str:
     """Settings that were compared on left-out training images, and which of them a row has; "" where none were."""
-    rows = []
+    rows: list[list[str]] = []
     for key, row in ROWS.items():
+        of_row, compared = [], False
         for settings in CHOICES.get(key, ()):
             values = described(settings)
             try:
                 record = results.choice(key, settings)
             except OtherStart:
-                rows.append([row.name, values, "-", "-", f"of another {ROWS[str(row.start)].name}"])
+                of_row.append([row.name, values, "-", "-", f"of another {ROWS[str(row.start)].name}"])
+                compared = True
                 continue
-            if record is None:
-                continue
-            taken = all(getattr(row, option) == value for option, value in settings.items() if option != "epochs")
-            rows.append([row.name, values, f"{record['clean_error']:.1f}", _robust(record), "taken" if taken else ""])
+            its_own = all(getattr(row, option) == value for option, value in settings.items() if option != "epochs")
+            found = [PENDING] * 2 if record is None else [f"{record['clean_error']:.1f}", _robust(record)]
+            of_row.append([row.name, values, *found, "yes" if its_own else ""])
+            compared = compared or record is not None
+        rows += of_row if compared else []
     clean, robust = (f"{count:,} left-out images" for count in (results.scale.held_out, results.scale.robust))
-    return markdown(["row", "setting", f"clean, {clean}", f"PGD-20, {robust}", "choice"], rows) if rows else ""
+    return markdown(["row", "setting", f"clean, {clean}", f"PGD-20, {robust}", "as in the row"], rows) if rows else ""
 
 
 def _robust(found: dict[str, Any]) -> str:

@@ -84,7 +84,7 @@ def network(context: Context, key: str) -> ResNet:
     row, folder = context.scale.row(ROWS[key]), context.folder
     if row.only_bn and not folder.weights(key).exists():
         model = initial(context, row)
-        load_bn_state(model, bn_state(context.results.network(key)))
+        load_bn_state(model, bn_state(context.results.with_bn_of(key)))
         if serialized(model)[1] == record["sha256"]:
             return model
     model = resnet20(folder.width)
@@ -114,10 +114,11 @@ def initial(context: Context, row: Row) -> ResNet:
         model = network(context, row.start)
     else:
         torch.manual_seed(context.folder.seed)
-        model = resnet20(context.folder.width).to(context.device).to(memory_format=torch.channels_last)
+        model = resnet20(context.folder.width)
         if row.gamma == "uniform":
             for layer in bn_layers(model).values():
                 torch.nn.init.uniform_(layer.weight)
+        model = model.to(context.device).to(memory_format=torch.channels_last)
     if row.reset:
         reset_bn_stats(model)
     return model
@@ -193,7 +194,7 @@ def _train(context: Context, key: str, images: Images) -> bool:
     row, folder = context.scale.row(ROWS[key]), context.folder
     model = initial(context, row)
     checkpoint, log = folder.interim(f"{key}.checkpoint"), folder.interim(f"{key}.calls.json")
-    calls = _calls(log, context, goes_on=checkpoint.exists())
+    calls = note_call(log, context, goes_on=checkpoint.exists())
     run = tune(context, row, model, images, checkpoint)
     if run.ended != "epochs":
         return False
@@ -220,7 +221,7 @@ def _train(context: Context, key: str, images: Images) -> bool:
     return True
 
 
-def _calls(path: Path, context: Context, *, goes_on: bool) -> list[dict[str, Any]]:
+def note_call(path: Path, context: Context, *, goes_on: bool) -> list[dict[str, Any]]:
     """What each call that worked on a result was made with, this one last; kept beside the checkpoint."""
     before: list[dict[str, Any]] = []
     if goes_on and path.exists():
