@@ -23,6 +23,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 
+myst_heading_anchors = 3
+
 html_theme = "furo"
 html_title = f"bnsurgery {release}"
 html_show_sourcelink = False
