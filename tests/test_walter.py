@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -237,13 +238,23 @@ def test_what_would_end_too_late_is_begun_only_where_nothing_has_been(images: da
     assert made.fits(math.inf)
 
 
+def for_an_epoch(made: training.Context, *arguments: Any, tune: Callable[..., Any] = training.tune) -> Any:
+    """Stands in for ``tune``: the deadline passes in the first epoch."""
+    made.deadline = time.monotonic() - 1
+    return tune(made, *arguments)
+
+
 def test_each_call_that_worked_on_a_row_is_in_its_record(
     images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scale = replace(TINY, most_epochs=2)
-    for commit, deadline in (("a", time.monotonic() + 0.01), ("b", None)):
-        monkeypatch.setattr(files, "COMMIT", commit)
-        training.train(context(images, tmp_path, scale=scale, deadline=deadline), "normal")
+    made = context(images, tmp_path, scale=replace(TINY, most_epochs=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "tune", for_an_epoch)
+        patch.setattr(files, "COMMIT", "a")
+        assert not training.train(made, "normal")
+    made.deadline = None
+    monkeypatch.setattr(files, "COMMIT", "b")
+    assert training.train(made, "normal")
     record = json.loads(Folder(tmp_path, 2, 0).record("normal", "train").read_text("utf-8"))
     assert [call["commit"] for call in record["calls"]] == ["a", "b"]
     assert record["commit"] == "b"
@@ -468,7 +479,8 @@ def test_an_evaluation_goes_on_after_the_examples_that_are_done(
 ) -> None:
     made = context(images, tmp_path)
     assert training.train(made, "normal")
-    attacked = evaluating.attacked
+    attacked, calls = evaluating.attacked, itertools.count()
+    monkeypatch.setattr(evaluating, "origin", lambda *_: {"started": next(calls)})
 
     def to_the_end(*arguments: Any, **options: Any) -> Any:
         found = attacked(*arguments, **options)
@@ -477,20 +489,18 @@ def test_an_evaluation_goes_on_after_the_examples_that_are_done(
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluating, "attacked", to_the_end)
-        patch.setattr(files, "COMMIT", "first")
         assert not evaluating.evaluate_row(made, "normal")
         assert not evaluating.evaluate_row(made, "normal")
     assert few_attacks == [4]
     assert not made.folder.record("normal", "evaluate").exists()
     made.deadline = None
-    monkeypatch.setattr(files, "COMMIT", "last")
     assert evaluating.evaluate_row(made, "normal")
     assert few_attacks[:2] == [4, 4]
     assert len(few_attacks) == 2 + 1  # clean error
     record = json.loads(made.folder.record("normal", "evaluate").read_text("utf-8"))
     assert record["autoattack"]["examples"] == 8
-    assert [call["commit"] for call in record["calls"]] == ["first", "last"]
-    assert record.items() >= record["calls"][-1].items()
+    assert record["calls"] == [{"started": 0}, {"started": 2}]  # nothing was done in 1
+    assert record["started"] == 2
 
 
 def test_parts_join_to_the_whole() -> None:
@@ -857,13 +867,15 @@ def test_choose_compares_settings_on_left_out_training_images(
     assert contents(here) == made
     assert walter.main(["table", "--quick", "--width", "2"]) == 0
     compared = capsys.readouterr().out.split("## Settings compared by `choose`\n\n")[1].splitlines()
-    clean, robust, error = (record[name] for name in ("clean_error", "robust_error", "standard_error"))
-    assert compared[2] == f"| NORMAL +BN ONLY | lr 0.1, gamma one | {clean:.1f} | {robust:.1f} ± {error:.1f} | yes |"
+    robust = f"{record['robust_error']:.1f} ± {record['standard_error']:.1f}"
+    loss = f"{record['cross_entropy']:.2f} ± {record['cross_entropy_standard_error']:.2f}"
+    found = f"{record['clean_error']:.1f} | {robust} | {loss}"
+    assert compared[2] == f"| NORMAL +BN ONLY | lr 0.1, gamma one | {found} | yes |"
     assert compared[3].startswith("| NORMAL +BN ONLY | lr 0.2, gamma uniform | ")
     assert compared[3].endswith("|  |")
 
 
-def test_a_comparison_of_another_start_or_of_other_images_is_not_shown_as_one_of_this(
+def test_a_comparison_that_is_none_is_not_shown_as_one(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CHOICES, "bn-params", ({"lr": 0.1},))  # type: ignore[arg-type]
@@ -874,9 +886,12 @@ def test_a_comparison_of_another_start_or_of_other_images_is_not_shown_as_one_of
     path.write_text(json.dumps(record | {"start_sha256": "other"}), encoding="utf-8")
     capsys.readouterr()
     assert walter.main(["table", *options]) == 0
-    assert "| BN PARAMS | lr 0.1 | - | - | of another NORMAL |\n" in capsys.readouterr().out
+    assert "| BN PARAMS | lr 0.1 | - | - | - | of another NORMAL |\n" in capsys.readouterr().out
     assert walter.main(["choose", "bn-params", *options]) == 2
     assert "bn-params-lr0.1.choose.json started from a network of normal, and not from" in capsys.readouterr().err
+    path.write_text(json.dumps(record | {"cross_entropy": None}), encoding="utf-8")
+    assert walter.main(["table", *options]) == 0
+    assert "| BN PARAMS | lr 0.1 | diverged | diverged | diverged |  |\n" in capsys.readouterr().out
     path.write_text(json.dumps(record | {"examples": [64, 9]}), encoding="utf-8")
     for command in (["table"], ["choose", "bn-params"]):
         assert walter.main([*command, *options]) == 2
@@ -898,7 +913,7 @@ def test_what_is_not_compared_yet_is_pending_beside_what_is(
     assert walter.main(["table", *options]) == 0
     compared = capsys.readouterr().out.split("## Settings compared by `choose`\n\n")[1].splitlines()
     assert compared[2].startswith("| NORMAL +BN ONLY | lr 0.2 | ")
-    assert compared[3:] == ["| NORMAL +BN ONLY | lr 0.1 | pending | pending | yes |", ""]
+    assert compared[3:] == ["| NORMAL +BN ONLY | lr 0.1 | pending | pending | pending | yes |", ""]
 
 
 @pytest.mark.parametrize("key", CHOICES)
@@ -915,10 +930,14 @@ def test_each_call_that_worked_on_a_comparison_is_in_its_record(
     images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CHOICES, "normal-bn-only", ({"lr": 0.1, "epochs": 2},))  # type: ignore[arg-type]
-    scale = replace(TINY, most_epochs=2)
-    for commit, deadline in (("a", time.monotonic() + 0.01), ("b", None)):
-        monkeypatch.setattr(files, "COMMIT", commit)
-        choosing.choose(context(images, tmp_path, scale=scale, deadline=deadline), "normal-bn-only")
+    made = context(images, tmp_path, scale=replace(TINY, most_epochs=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(choosing, "tune", for_an_epoch)
+        patch.setattr(files, "COMMIT", "a")
+        assert not choosing.choose(made, "normal-bn-only")[1]
+    made.deadline = None
+    monkeypatch.setattr(files, "COMMIT", "b")
+    assert choosing.choose(made, "normal-bn-only")[1]
     folder = Folder(tmp_path, 2, 0)
     record = json.loads(folder.choice("normal-bn-only", {"lr": 0.1, "epochs": 2}).read_text("utf-8"))
     assert [call["commit"] for call in record["calls"]] == ["a", "b"]
@@ -1051,7 +1070,7 @@ def test_a_row_that_has_diverged_is_not_attacked(
     monkeypatch.setattr(evaluating, "evaluate", lambda *_, **__: pytest.fail("attacked"))
     with pytest.raises(
         evaluating.Diverged,
-        match=r"^normal has diverged, its outputs are not finite: .*rows\.py, and remove .*normal\.train\.json",
+        match=r"^normal has diverged, .* not finite: .*rows\.py, and remove .*normal\.\* and .*interim.normal\.\*$",
     ):
         evaluating.evaluate_row(made, "normal")
     assert not made.folder.record("normal", "evaluate").exists()

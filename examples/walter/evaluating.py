@@ -85,7 +85,8 @@ def _evaluate(context: Context, key: str, data: tuple[Tensor, Tensor]) -> bool:
 def require_finite(context: Context, key: str, made: Outputs) -> None:
     """Raises :class:`Diverged` where they are not."""
     if not bool(made.logits.isfinite().all() and made.loss.isfinite().all()):
-        remedy = f"change its settings in examples/walter/rows.py, and remove {context.folder.record(key, 'train')}"
+        made_of_it = f"{context.folder.path / key}.* and {context.folder.interim(key)}.*"
+        remedy = f"change its settings in examples/walter/rows.py, and remove {made_of_it}"
         raise Diverged(f"{key} has diverged, its outputs are not finite: {remedy}")
 
 

@@ -203,6 +203,7 @@ def look_at_chunk(found: dict[str, Any]) -> None:
 def _look_at_choice(record: dict[str, Any]) -> None:
     """Goes over what the record of one of several settings is to hold."""
     _ = record["configuration"]["lr"], [int(count) for count in record["examples"]], record["start_sha256"]
+    _ = None if record["cross_entropy"] is None else float(record["cross_entropy"])  # None: it diverged
     _ = [float(record[name]) for name in ("clean_error", "robust_error", "standard_error", "seconds")]
 
 

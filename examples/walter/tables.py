@@ -116,16 +116,22 @@ def choices(results: Results) -> str:
             try:
                 record = results.choice(key, settings)
             except OtherStart:
-                of_row.append([row.name, values, "-", "-", f"of another {ROWS[str(row.start)].name}"])
+                of_row.append([row.name, values, "-", "-", "-", f"of another {ROWS[str(row.start)].name}"])
                 compared = True
                 continue
             its_own = all(getattr(row, option) == value for option, value in settings.items() if option != "epochs")
-            found = [PENDING] * 2 if record is None else [f"{record['clean_error']:.1f}", _robust(record)]
+            if record is None:
+                found = [PENDING] * 3
+            elif record["cross_entropy"] is None:
+                found = ["diverged"] * 3
+            else:
+                found = [f"{record['clean_error']:.1f}", _robust(record), _loss(record)]
             of_row.append([row.name, values, *found, "yes" if its_own else ""])
             compared = compared or record is not None
         rows += of_row if compared else []
     clean, robust = (f"{count:,} left-out images" for count in (results.scale.held_out, results.scale.robust))
-    return markdown(["row", "setting", f"clean, {clean}", f"PGD-20, {robust}", "as in the row"], rows) if rows else ""
+    head = ["row", "setting", f"clean, {clean}", f"PGD-20, {robust}", "cross-entropy under it", "as in the row"]
+    return markdown(head, rows) if rows else ""
 
 
 def _robust(found: dict[str, Any]) -> str:
