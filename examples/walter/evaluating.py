@@ -83,7 +83,7 @@ def _evaluate(context: Context, key: str, data: tuple[Tensor, Tensor]) -> bool:
 
 
 def require_finite(context: Context, key: str, made: Outputs) -> None:
-    """Raises :class:`Diverged` where they are not."""
+    """Raises :class:`Diverged` where the outputs of a row are not finite."""
     if not bool(made.logits.isfinite().all() and made.loss.isfinite().all()):
         made_of_it = f"{context.folder.path / key}.* and {context.folder.interim(key)}.*"
         remedy = f"change its settings in examples/walter/rows.py, and remove {made_of_it}"

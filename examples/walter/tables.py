@@ -110,14 +110,13 @@ def choices(results: Results) -> str:
     """Settings that were compared on left-out training images, and which of them a row has; "" where none were."""
     rows: list[list[str]] = []
     for key, row in ROWS.items():
-        of_row, compared = [], False
+        of_row = []
         for settings in CHOICES.get(key, ()):
             values = described(settings)
             try:
                 record = results.choice(key, settings)
             except OtherStart:
                 of_row.append([row.name, values, "-", "-", "-", f"of another {ROWS[str(row.start)].name}"])
-                compared = True
                 continue
             its_own = all(getattr(row, option) == value for option, value in settings.items() if option != "epochs")
             if record is None:
@@ -127,8 +126,7 @@ def choices(results: Results) -> str:
             else:
                 found = [f"{record['clean_error']:.1f}", _robust(record), _loss(record)]
             of_row.append([row.name, values, *found, "yes" if its_own else ""])
-            compared = compared or record is not None
-        rows += of_row if compared else []
+        rows += of_row if any(PENDING not in line for line in of_row) else []
     clean, robust = (f"{count:,} left-out images" for count in (results.scale.held_out, results.scale.robust))
     head = ["row", "setting", f"clean, {clean}", f"PGD-20, {robust}", "cross-entropy under it", "as in the row"]
     return markdown(head, rows) if rows else ""
