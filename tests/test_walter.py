@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from examples.common import data, files, work
+from examples.common.checks import Estimate
+from examples.common.files import Folder, Problem, label
 from examples.resnet import resnet20
 from examples.walter import __main__ as walter
-from examples.walter import checks, choosing, data, evaluating, figures, files, planning, tables, training
-from examples.walter.files import Folder, Problem
-from examples.walter.results import Estimate, Results
-from examples.walter.rows import CHOICES, ROWS, described, label, needed, table
+from examples.walter import checks, choosing, evaluating, figures, planning, tables, training
+from examples.walter.results import Results
+from examples.walter.rows import CHOICES, ROWS, described, needed, table
 from examples.walter.scales import FULL, QUICK, Scale
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -200,7 +202,7 @@ def test_gamma_can_start_as_frankle_et_al_start_it(trained: training.Context) ->
 
 
 def test_finished_work_is_not_repeated(trained: training.Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "adv_finetune", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(work, "adv_finetune", lambda *_, **__: pytest.fail("trained again"))
     assert all(training.train(trained, key) for key in ROWS)
 
 
@@ -826,7 +828,7 @@ def test_all_runs_every_row_in_order_and_then_has_nothing_to_do(
     folder = here / "runs" / "walter-quick" / "w2-seed0"
     assert {path.name for path in folder.glob("*.png")} == {"figure1.png", "figure2.png", "figure3.png"}
     assert len(list(folder.glob("*.json"))) == 2 * len(ROWS)
-    monkeypatch.setattr(training, "adv_finetune", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(work, "adv_finetune", lambda *_, **__: pytest.fail("trained again"))
     few_attacks.clear()
     assert walter.main(command) == 0
     assert few_attacks == []
@@ -1284,7 +1286,7 @@ def test_a_full_disk_is_said_and_nothing_is_left_in_pieces(
 ) -> None:
     with monkeypatch.context() as patch:
         before = {
-            "calls.json": (training, "note_call"),
+            "calls.json": (training.Context, "note_call"),
             "checkpoint": (training, "tune"),
             "safetensors": (training, "serialized"),
             "patch.safetensors": (training, "save_bn_patch"),
@@ -1314,7 +1316,7 @@ def test_ctrl_c_is_one_line_and_the_next_call_goes_on(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(training, "adv_finetune", interrupted)
+        patch.setattr(work, "adv_finetune", interrupted)
         assert walter.main(["train", "normal", "--quick", "--width", "2"]) == 130
     assert capsys.readouterr().err == "walter: interrupted; the same command goes on from what is saved\n"
     assert walter.main(["train", "normal", "--quick", "--width", "2"]) == 0

@@ -15,74 +15,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from pathlib import Path
-from typing import NoReturn
 
-import torch
-
-from examples.machine import device
-from examples.walter import checks, choosing, data, evaluating, figures, planning, tables, training
-from examples.walter.files import Folder, Problem, write
+from examples.common import cli, data
+from examples.common.files import Folder, Problem, write
+from examples.walter import checks, choosing, evaluating, figures, planning, tables, training
 from examples.walter.results import Results
 from examples.walter.rows import CHOICES, ROWS, needed
 from examples.walter.scales import FULL, QUICK
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with an argument in one line; the usage is for --help."""
-
-    def error(self, message: str) -> NoReturn:
-        raise Problem(message)
-
-
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog="walter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=list(COMMANDS))
-    parser.add_argument("row", nargs="?", help=f"for train, evaluate and choose: {', '.join(ROWS)}")
-    parser.add_argument("--data", type=Path, default=Path("runs/cifar10"), help="CIFAR-10; downloaded to a new folder")
-    parser.add_argument("--out", type=Path, help="where results go (runs/walter)")
-    parser.add_argument("--width", type=width, help="base width of the ResNet-20; the paper's is 64 (16)")
-    parser.add_argument("--seed", type=seed, default=0, help="(0)")
-    parser.add_argument("--budget", type=minutes, help="stop after so many minutes; the same command then goes on")
-    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ... (cpu)")
-    parser.add_argument("--quick", action="store_true", help="a few images of the shipped sample, to see that it runs")
-    args = parser.parse_args(argv)
-    args.out = args.out or Path("runs/walter-quick" if args.quick else "runs/walter")
-    args.width = args.width or (8 if args.quick else 16)
+    made = cli.parser("walter", __doc__, COMMANDS, f"for train, evaluate and choose: {', '.join(ROWS)}")
+    args = cli.parsed(made, argv, {"train": ROWS, "evaluate": ROWS, "choose": CHOICES})
     args.scale = QUICK if args.quick else FULL
-    if args.command in ("train", "evaluate", "choose"):
-        known = CHOICES if args.command == "choose" else ROWS
-        if args.row not in known:
-            given = "no row given" if args.row is None else f"unknown row {args.row!r}"
-            raise Problem(f"{given}: {args.command} takes one of {', '.join(known)}")
-    elif args.row is not None:
-        raise Problem(f"{args.command} takes no row, got {args.row!r}")
     return args
-
-
-def whole(text: str, low: int, high: int) -> int:
-    if not (text.isascii() and text.isdecimal() and low <= int(text) <= high):
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
-    return int(text)
-
-
-def width(text: str) -> int:
-    return whole(text, 1, 1024)
-
-
-def seed(text: str) -> int:
-    return whole(text, 0, 2**32 - 1)
-
-
-def minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, got {text!r}")
-    return value
 
 
 def context(args: argparse.Namespace, began: float) -> training.Context:
@@ -207,19 +153,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    began = time.monotonic()
-    try:
-        args = arguments(argv)
-        return COMMANDS[args.command](args, began)
-    except Problem as problem:
-        said = str(problem)
-    except ModuleNotFoundError as error:
-        said = f'{error.name} is not installed: pip install -e ".[examples]"'
-    except KeyboardInterrupt:
-        print("walter: interrupted; the same command goes on from what is saved", file=sys.stderr)
-        return 130
-    print(f"walter: error: {said}", file=sys.stderr)
-    return 2
+    return cli.run("walter", COMMANDS, arguments, argv)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from bnsurgery.analysis import weight_shift
-from examples.walter.files import Pending
-from examples.walter.results import Estimate, Results
+from examples.common.checks import Check, Estimate, made
+from examples.walter.results import Results
 from examples.walter.rows import ROWS, table
 
 NOTHING = 2.0
@@ -23,45 +22,13 @@ HALF = 20.0
 RANDOM = ("normal-bn-only", "normal-bn-only-log-conv1", "adv-bn-only", "adv-bn-only-log-conv1")
 
 
-@dataclass(frozen=True)
-class Check:
-    """A finding.
-
-    Attributes:
-        finding: of the paper.
-        found: what was measured.
-        margin: by how many standard errors it holds; where it does not, it is 0 or less.
-    """
-
-    finding: str
-    found: str
-    margin: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether the result files bear it out."""
-        return self.margin > 0
-
-    def __str__(self) -> str:
-        verdict = "holds" if self.holds else "FAILS"
-        chance = ", which may be chance" if 0 < self.margin < 2 else ""
-        return f"{verdict}  {self.finding}: {self.found} (margin {self.margin:+.1f} standard errors{chance})"
-
-
 def checks(results: Results) -> tuple[list[Check], list[str]]:
     """All that can be checked, and a line for each of the others that says what is missing.
 
     Raises:
         Problem: a file is damaged.
     """
-    made: list[Check] = []
-    pending: list[str] = []
-    for finding, check in _all(results):
-        try:
-            made.append(check(finding))
-        except Pending as missing:  # noqa: PERF203 - of a dozen or so
-            pending.append(f"waits  {finding}: {missing}")
-    return made, pending
+    return made(_all(results))
 
 
 def _all(results: Results) -> Iterator[tuple[str, Callable[[str], Check]]]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from bnsurgery.analysis import outputs
 from examples.walter.evaluating import float32, pgd, under_attack
-from examples.walter.files import write_json
-from examples.walter.rows import CHOICES, EPS, ROWS, label
-from examples.walter.training import Context, initial, note_call, start_of, tune
+from examples.common.files import label, write_json
+from examples.walter.rows import CHOICES, EPS, ROWS
+from examples.walter.training import Context, initial, start_of, tune
 
 
 def choose(context: Context, key: str) -> tuple[str, bool]:
@@ -43,7 +43,7 @@ def one(context: Context, key: str, settings: Mapping[str, Any]) -> dict[str, An
     images = context.images.held_out(scale.held_out, scale.compared_training)
     checkpoint, log = folder.interim(f"{path.name}.checkpoint"), folder.interim(f"{path.name}.calls.json")
     model = initial(context, row)
-    calls = note_call(log, context, goes_on=checkpoint.exists())
+    calls = context.note_call(log, goes_on=checkpoint.exists())
     run = tune(context, row, model, images, checkpoint)
     if run.ended != "epochs":
         return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnsurgery import PGD, Evaluation, evaluate
 from bnsurgery.analysis import Outputs, histogram, outputs
 from examples.resnet import ResNet
-from examples.walter.files import Problem, origin, read_json, require_same, write_json
+from examples.common.files import Problem, origin, read_json, require_same, write_json
 from examples.walter.results import look_at_chunk
 from examples.walter.rows import EPS, ROWS
 from examples.walter.training import Context, network, require_trained
@@ -98,7 +98,7 @@ def autoattack(context: Context, key: str, model: ResNet) -> dict[str, Any] | No
     done: dict[str, Any] = {"configuration": configuration, "sha256": sha256, "chunks": [], "calls": []}
     if path.exists():
         done = _read(path, configuration, sha256)
-    done["calls"].append(origin(context.folder.seed, context.device))
+    done["calls"].append(origin(context.program, context.folder.seed, context.device))
     x, y = context.images.tests(scale.robust)
     for start in range(0, len(y), scale.chunk)[len(done["chunks"]) :]:
         known = [chunk["seconds"] for chunk in done["chunks"]]

@@ -11,7 +11,7 @@ from torch import Tensor
 from bnsurgery import bn_layers, fold_bn
 from bnsurgery.analysis import Histogram, histogram, weight_shift
 from bnsurgery.plots import plot_histograms, plot_normalized_weights
-from examples.walter.files import write
+from examples.common.files import write
 from examples.walter.results import PAPER_SHIFT, Results
 from examples.walter.rows import ROWS
 

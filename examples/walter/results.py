@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from bnsurgery import Affine, PatchError, fold_bn, load_bn_patch
 from bnsurgery.analysis import Histogram
 from examples.resnet import ResNet, resnet20
-from examples.walter.files import Folder, Pending, Problem, read_json, require_same
+from examples.common.checks import Estimate, paired, share
+from examples.common.files import Folder, Pending, Problem, kept, require_same
 from examples.walter.rows import ROWS, Row
 from examples.walter.scales import FULL, Scale
 
@@ -21,19 +21,6 @@ PAPER_SHIFT = -0.177
 
 class OtherStart(Problem):
     """A result is of a network that started from another one than is here."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its standard error, both in the same unit."""
-
-    value: float
-    error: float
-
-    def beyond(self, bound: float) -> float:
-        """How far above a bound, in standard errors; 0 at the bound itself."""
-        distance = self.value - bound
-        return distance / self.error if self.error else math.copysign(math.inf, distance) if distance else 0.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +42,7 @@ class Results:
             Problem: it is damaged, of another configuration, or of another start than is here now.
         """
         path = self.folder.record(key, "train")
-        record = _kept(path, _look_at_training, self.scale.of_training(ROWS[key], self.folder.width))
+        record = kept(path, _look_at_training, self.scale.of_training(ROWS[key], self.folder.width))
         return self._of_this_start(key, path, record)
 
     def choice(self, key: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -65,7 +52,7 @@ class Results:
             Problem: as :meth:`training`.
         """
         path = self.folder.choice(key, settings)
-        record = _kept(path, _look_at_choice, self.scale.of_choice(ROWS[key], settings, self.folder.width))
+        record = kept(path, _look_at_choice, self.scale.of_choice(ROWS[key], settings, self.folder.width))
         if record is not None:
             require_same(path, record, {"examples": [self.scale.held_out, self.scale.robust]})
         return self._of_this_start(key, path, record)
@@ -86,7 +73,7 @@ class Results:
             Problem: it is damaged, of another configuration, or of another network than is here now.
         """
         path = self.folder.record(key, "evaluate")
-        record = _kept(path, _look_at_evaluation, self.scale.of_evaluation(ROWS[key], self.folder.width))
+        record = kept(path, _look_at_evaluation, self.scale.of_evaluation(ROWS[key], self.folder.width))
         if record is None:
             return None
         trained = self.training(key)
@@ -134,20 +121,15 @@ class Results:
     def clean(self, key: str) -> Estimate:
         """Clean error in percent on the most test images."""
         count, error = max((int(count), error) for count, error in self.evaluated(key)["clean_error"].items())
-        share = (error * count / 100 + 1) / (count + 2)
-        return Estimate(error, 100 * math.sqrt(share * (1 - share) / count))
+        return share(round(error * count / 100), count)
 
     def more_robust(self, key: str, than: str) -> Estimate:
         """By how many points a row's robust error is below another's, on the same examples.
 
         The standard error is that of pairs: of examples that one of the two holds and the other does not.
         """
-        flags = [self.evaluated(row)["autoattack"]["held"] for row in (key, than)]
-        pairs = list(zip(*flags, strict=True))
-        won, lost = pairs.count(("1", "0")), pairs.count(("0", "1"))
-        # One more each way: with no pair that differs, as for two rows that are broken wholly, it would be 0.
-        spread = (won + 1) + (lost + 1) - (won - lost) ** 2 / len(pairs)
-        return Estimate(100 * (won - lost) / len(pairs), 100 * math.sqrt(spread) / len(pairs))
+        one, other = (self.evaluated(row)["autoattack"]["held"] for row in (key, than))
+        return paired(one, other)
 
     def folded(self, key: str) -> dict[str, Affine]:
         """Normalized weights and biases of a row's BN layers, read from its patch.
@@ -172,15 +154,6 @@ class Results:
             remedy = f"remove {self.folder.record(key, 'train')}, and it is trained again"
             raise Problem(f"{str(error).splitlines()[0]}: {remedy}") from None
         return model
-
-
-def _kept(path: Path, look: Callable[[dict[str, Any]], object], now: dict[str, Any]) -> dict[str, Any] | None:
-    """A record of the configuration ``now``; None where there is none yet."""
-    if not path.exists():
-        return None
-    record = read_json(path, look)
-    require_same(path, record["configuration"], now)
-    return record
 
 
 def at(record: dict[str, Any], eps: float) -> dict[str, Any]:

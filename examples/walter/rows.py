@@ -142,12 +142,6 @@ CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 """By row: the settings that are compared on training images that are left out of training."""
 
 
-def label(settings: Mapping[str, Any]) -> str:
-    """Settings as they are named in files."""
-    short = {option: f"{value:g}" if isinstance(value, float) else value for option, value in settings.items()}
-    return "-".join(f"{option}{value}" for option, value in short.items())
-
-
 def described(settings: Mapping[str, Any]) -> str:
     """Settings as they are named in tables."""
     shown = {option: f"{255 * value:g}/255" if option == "eps" else value for option, value in settings.items()}

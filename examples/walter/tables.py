@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
+from examples.common.checks import markdown
 from examples.resnet import resnet20
 from examples.walter.results import OtherStart, Results, at
 from examples.walter.rows import CHOICES, EPS, ROWS, Row, described, table
@@ -12,12 +12,6 @@ from examples.walter.training import shares
 
 PENDING = "pending"
 TRAINS = {"all": "everything", "bn": "gamma, beta", "bn-params": "gamma, beta", "bn-stats": "nothing"}
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def parameters(width: int) -> str:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bnsurgery import (
-    CheckpointError,
-    EpochRecord,
     Finetuning,
-    adv_finetune,
     bn_layers,
     bn_state,
     freeze_except_bn,
@@ -24,54 +18,24 @@ from bnsurgery import (
     save_bn_patch,
 )
 from examples.resnet import ResNet, resnet20
-from examples.walter.data import Images, batches
-from examples.walter.files import Folder, Problem, load_weights, origin, read_json, serialized, write, write_json
+from examples.common import work
+from examples.common.data import Images, batches
+from examples.common.files import Problem, load_weights, serialized, write, write_json
+from examples.common.work import Work
 from examples.walter.results import Results
 from examples.walter.rows import ROWS, Row
-from examples.walter.scales import Scale
 
 
 @dataclass
-class Context:
-    """What all commands share.
+class Context(Work):
+    """What all commands share."""
 
-    Attributes:
-        folder: of the results.
-        read: reads CIFAR-10 or the sample of it, once it is needed.
-        scale: how much is done.
-        device: where.
-        deadline: in ``time.monotonic()``'s seconds; None: there is none.
-        bars: whether progress bars are shown; else a line is printed after each epoch.
-        worked: whether anything has been done yet; what would end too late is begun only where nothing has.
-    """
-
-    folder: Folder
-    read: Callable[[], Images]
-    scale: Scale
-    device: torch.device
-    deadline: float | None = None
-    bars: bool = True
-    worked: bool = field(default=False, init=False)
-
-    @cached_property
-    def images(self) -> Images:
-        """CIFAR-10, or the sample of it."""
-        return self.read()
+    program = "walter"
 
     @property
     def results(self) -> Results:
         """What is finished."""
         return Results(self.folder, self.scale)
-
-    @property
-    def left(self) -> float | None:
-        """Seconds until the deadline, below 0 behind it; None: there is none."""
-        return None if self.deadline is None else self.deadline - time.monotonic()
-
-    def fits(self, seconds: float | None) -> bool:
-        """Whether to begin something that takes about so long; None: nobody knows."""
-        left = self.left
-        return left is None or (left > 0 and (left >= (seconds or 0.0) or not self.worked))
 
 
 def network(context: Context, key: str) -> ResNet:
@@ -137,39 +101,21 @@ def tune(context: Context, row: Row, model: ResNet, images: Images, checkpoint: 
     Raises:
         Problem: the checkpoint is damaged, of another run, or cannot be written.
     """
-    left = context.left
-
-    def say(record: EpochRecord, _: torch.nn.Module) -> None:
-        left = record.seconds * (row.epochs - record.epoch - 1) / 60
-        print(
-            f"{row.name}: epoch {record.epoch + 1} of {row.epochs}, loss {record.loss:.3f}, error {record.error:.1f}%, "
-            f"{record.seconds:.0f} s; about {left:.0f} min left",
-            flush=True,
-        )
-
-    try:
-        return adv_finetune(
-            model,
-            batches(images, adversarial=row.adversarial, batch_size=context.scale.batch_size, device=context.device),
-            epochs=row.epochs,
-            train=row.train,
-            also=row.also,
-            attack=row.attack(),
-            eps_warmup=row.eps_warmup,
-            lr=row.lr,
-            weight_decay=row.weight_decay,
-            schedule="cosine",
-            step_precision="auto",
-            seed=context.folder.seed,
-            max_seconds=None if left is None else max(left, 1e-3),
-            checkpoint=checkpoint,
-            callbacks=() if context.bars else say,
-            progress=context.bars,
-        )
-    except CheckpointError as error:
-        raise Problem(str(error)) from None
-    except OSError as error:
-        raise Problem(f"cannot write {checkpoint}: {error.strerror or error}") from None
+    return work.tune(
+        context,
+        row.name,
+        model,
+        batches(images, adversarial=row.adversarial, batch_size=context.scale.batch_size, device=context.device),
+        checkpoint,
+        epochs=row.epochs,
+        train=row.train,
+        also=row.also,
+        attack=row.attack(),
+        eps_warmup=row.eps_warmup,
+        lr=row.lr,
+        weight_decay=row.weight_decay,
+        schedule="cosine",
+    )
 
 
 def train(context: Context, key: str) -> bool:
@@ -194,7 +140,7 @@ def _train(context: Context, key: str, images: Images) -> bool:
     row, folder = context.scale.row(ROWS[key]), context.folder
     model = initial(context, row)
     checkpoint, log = folder.interim(f"{key}.checkpoint"), folder.interim(f"{key}.calls.json")
-    calls = note_call(log, context, goes_on=checkpoint.exists())
+    calls = context.note_call(log, goes_on=checkpoint.exists())
     run = tune(context, row, model, images, checkpoint)
     if run.ended != "epochs":
         return False
@@ -219,16 +165,6 @@ def _train(context: Context, key: str, images: Images) -> bool:
     for path in (checkpoint, log):
         path.unlink(missing_ok=True)  # where the record is removed, the row is to be trained anew
     return True
-
-
-def note_call(path: Path, context: Context, *, goes_on: bool) -> list[dict[str, Any]]:
-    """What each call that worked on a result was made with, this one last; kept beside the checkpoint."""
-    before: list[dict[str, Any]] = []
-    if goes_on and path.exists():
-        before = read_json(path, lambda record: list(record["calls"]))["calls"]
-    calls = [*before, origin(context.folder.seed, context.device)]
-    write_json(path, {"calls": calls})
-    return calls
 
 
 def shares(model: ResNet, row: Row) -> dict[str, Any]:

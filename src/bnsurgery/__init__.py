@@ -2,8 +2,9 @@
 
 Find them (:func:`bn_layers`), choose what trains (:func:`freeze_except_bn`), reset and re-estimate their statistics
 (:func:`reset_bn_stats`, :func:`recalibrate_bn`), read them as one affine map (:func:`fold_bn`), fuse them
-(:func:`fuse_bn`), keep them as a small patch (:func:`bn_state`, :func:`save_bn_patch`), fine-tune them adversarially
-(:func:`adv_finetune`), and measure the result (:func:`evaluate`).
+(:func:`fuse_bn`), split them into branches (:func:`split_bn`), replace them (:func:`replace_bn`), keep them as a small
+patch (:func:`bn_state`, :func:`save_bn_patch`), fine-tune them adversarially (:func:`adv_finetune`), and measure the
+result (:func:`evaluate`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from bnsurgery.freezing import Freeze, freeze_except_bn
 from bnsurgery.fusion import FusionPlan, fuse_bn, plan_fusion
 from bnsurgery.layers import bn_layers
 from bnsurgery.patches import bn_state, load_bn_patch, load_bn_state, save_bn_patch, swap_bn
+from bnsurgery.replacement import Replaced, Replacement, replace_bn
 from bnsurgery.stats import Recalibration, recalibrate_bn, reset_bn_stats
+from bnsurgery.surgery import keep_branch, split_bn, use_branch
 
 __version__ = "0.1.0"
 
@@ -50,6 +53,8 @@ __all__ = [
     "NoBatchNormError",
     "PatchError",
     "Recalibration",
+    "Replaced",
+    "Replacement",
     "StepRecord",
     "adv_finetune",
     "autoattack",
@@ -59,11 +64,15 @@ __all__ = [
     "fold_bn",
     "freeze_except_bn",
     "fuse_bn",
+    "keep_branch",
     "load_bn_patch",
     "load_bn_state",
     "plan_fusion",
     "recalibrate_bn",
+    "replace_bn",
     "reset_bn_stats",
     "save_bn_patch",
+    "split_bn",
     "swap_bn",
+    "use_branch",
 ]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnsurgery._modes import global_state, preserved
 from bnsurgery._tracing import leaves
-from bnsurgery.errors import FusionError
+from bnsurgery.errors import BNSurgeryError, FusionError
 from bnsurgery.layers import device_of, unwrap
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -27,17 +27,26 @@ _COPYING = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__se
 
 
 def evaluation_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Returns a copy without wrappers, in evaluation mode.
+    """Returns a copy without wrappers, in evaluation mode; arguments and errors as for :func:`private_copy`."""
+    return private_copy(model, memo).eval()
+
+
+def private_copy(
+    model: nn.Module, memo: dict[int, Any] | None = None, *, error: type[BNSurgeryError] = FusionError
+) -> nn.Module:
+    """Returns a copy without wrappers.
 
     Args:
         model: any module.
         memo: what takes the place of which object of the model, by ``id``, wherever it is referred to: under several
             names, in a plain list, or in a bound method.
+        error: what is raised.
 
     Raises:
-        FusionError: something in the model cannot be copied, or its copy is not its own.
+        BNSurgeryError: something in the model cannot be copied, or its copy is not its own.
     """
     memo = {} if memo is None else memo
+    purpose = "fusing is done on copies" if error is FusionError else "this is done on a copy"
     try:
         for module in reversed(list(model.modules())):
             for tensor in leaves(vars(module), Tensor):
@@ -46,19 +55,19 @@ def evaluation_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.
             if unwrap(module) is not module:
                 memo[id(module)] = copy.deepcopy(unwrap(module), memo)
         private: nn.Module = copy.deepcopy(unwrap(model), memo)
-    except Exception as error:
-        raise FusionError(
-            f"{type(unwrap(model)).__name__} cannot be copied ({type(error).__name__}: {error}), and fusing is done on "
-            "copies: make it work with copy.deepcopy"
-        ) from error
+    except Exception as reason:
+        raise error(
+            f"{type(unwrap(model)).__name__} cannot be copied ({type(reason).__name__}: {reason}), and {purpose}: "
+            "make it work with copy.deepcopy"
+        ) from reason
     own = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}
     for name, part in (*private.named_modules(), *private.named_parameters(), *private.named_buffers()):
         if id(part) in own:
-            raise FusionError(
-                f"a copy of {type(unwrap(model)).__name__} shares {name!r} with it, and fusing is done on copies: make "
+            raise error(
+                f"a copy of {type(unwrap(model)).__name__} shares {name!r} with it, and {purpose}: make "
                 f"copy.deepcopy copy {type(part).__name__}"
             )
-    return private.eval()
+    return private
 
 
 @contextmanager

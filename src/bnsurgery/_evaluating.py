@@ -177,6 +177,7 @@ def running(
     max_examples: int | None,
     switches: Engine | None,
     compile: bool = False,  # noqa: A002 - the public name
+    precision: torch.dtype | None = None,
 ) -> Iterator[Run]:
     """The examples checked and in pixels, and the model ready to be attacked, for the block.
 
@@ -201,7 +202,7 @@ def running(
     x = x.clamp(*bounds)  # rounding: attacks and the check of what they return take the bounds at their word
     kept = keeping_memory(device, wanted=switches is not None and switches.keep_memory)
     with attacking(root), torch.autocast(device.type, enabled=False), kept:
-        copies = None if switches is None else Replicas(root, switches, dtype=None, compile=compile)
+        copies = None if switches is None else Replicas(root, switches, dtype=precision, compile=compile)
         yield Run(root, x, y, batch_size, copies, inside)
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._copies import evaluation_copy
 from bnsurgery._modes import global_state, preserved
+from bnsurgery._routing import by_example
 from bnsurgery._tracing import leaves
 from bnsurgery.layers import device_of, has_statistics
 
@@ -45,7 +46,7 @@ def runs_channels_last(model: nn.Module, x: Tensor, *, modes: Sequence[bool], ho
 def can_be_cut(model: nn.Module) -> bool:
     """Whether the BN layers of a model in evaluation mode leave the examples of a batch to themselves."""
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    return all(has_statistics(layer) and not layer.training for layer in layers)
+    return not by_example(model) and all(has_statistics(layer) and not layer.training for layer in layers)
 
 
 def largest_activation(copy: nn.Module, example: Tensor, itemsize: int) -> int:

@@ -168,7 +168,7 @@ class Run:
                     give_back(name)
         joined.end()
         self.batches = sum_over_ranks(self.batches)
-        return _found(over_ranks(total, self.device))
+        return _found(self._together(over_ranks(total, self.device)))
 
     def ema(self, source: Iterable[Any]) -> dict[str, Found]:
         """One pass of torch's own running update; what it wrote is read back."""
@@ -206,6 +206,10 @@ class Run:
         """Call by call, each pass normalising by the whole-set statistics that the passes before it found."""
         for name, layer in self.layers.items():
             require_statistics(name, layer, "estimator='exact'")
+        for group in self._sharing():
+            if len(group) > 1:
+                names = " and ".join(label(name, self.layers[name]) for name in group[:2])
+                raise BNSurgeryError(f"{names} hold the same statistics: use estimator='pooled'")
         known: dict[tuple[str, int], Moments] = {}
         while True:
             found: dict[tuple[str, int], Moments] = {}
@@ -268,6 +272,24 @@ class Run:
             elements={name: written[name].elements for name in self.layers if name in written},
             estimator=estimator,
         )
+
+    def _sharing(self) -> list[list[str]]:
+        """The layers with statistics, those together that hold the same: branches of a split layer may."""
+        groups: dict[int, list[str]] = {}
+        for name, layer in self.layers.items():
+            if has_statistics(layer):
+                groups.setdefault(id(statistics(layer)["running_mean"]), []).append(name)
+        return list(groups.values())
+
+    def _together(self, total: dict[str, Moments]) -> dict[str, Moments]:
+        """The moments of each layer; of layers that hold the same statistics those of all of them."""
+        joined = dict(total)
+        for group in self._sharing():
+            reached = [name for name in group if name in total]
+            for other in reached[1:]:
+                merge(joined, reached[0], total[other])
+            joined.update(dict.fromkeys(reached[1:], joined[reached[0]]))
+        return joined
 
     def _fitted(self, name: str, value: Tensor) -> Tensor:
         buffer = statistics(self.layers[name])["running_mean"]

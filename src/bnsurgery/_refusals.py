@@ -58,10 +58,15 @@ def has_activation(layer: nn.Module) -> bool:
     return type(layer).forward in _with_activation()
 
 
+def knows_forward(layer: nn.Module) -> bool:
+    """Whether what this BN layer does, in evaluation mode, is Eq. 1 and nothing that would not be kept."""
+    return "forward" not in vars(layer) and type(layer).forward in _known_forwards()
+
+
 def _bn_refusal(layer: nn.Module) -> str | None:
     if not has_statistics(layer):
         return "it has no running statistics: build it with track_running_stats=True"
-    if type(layer).forward not in _known_forwards() or "forward" in vars(layer):
+    if not knows_forward(layer):
         return f"{type(layer).__name__} has a forward of its own, which may do more than normalise"
     if is_hooked(layer):
         return "it has hooks, which would no longer see its input and output: remove them"

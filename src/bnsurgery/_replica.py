@@ -17,11 +17,12 @@ from bnsurgery._graphs import Steps
 from bnsurgery._layouts import can_be_cut, channels_last, largest_activation, runs_channels_last
 from bnsurgery._lowering import is_finite, round_all, round_products
 from bnsurgery._modes import global_state
+from bnsurgery._routing import route_of
 from bnsurgery._signature import signature, tensors
 from bnsurgery.attacks import PGD, cross_entropy, evened
 from bnsurgery.engine import Engine
 from bnsurgery.errors import BNSurgeryWarning, FusionError
-from bnsurgery.fusion import FusionPlan, apply_plan, fused_factors, plan_fusion
+from bnsurgery.fusion import FusionPlan, apply_plan, fused_factors, plan_of
 from bnsurgery.layers import device_of, named_modules
 
 CACHE = {2: 16 * 2**20, 4: 4 * 2**20}
@@ -38,6 +39,7 @@ class Replica:
         net: what attacks run on: inputs (N, ...) as the live model takes them to logits (N, K) in their dtype.
         asked: which BN layers were to go where.
         plan: which have gone.
+        route: the way through the split layers of the model, where there are any, that it was made for.
         whole: batches are not cut.
     """
 
@@ -67,6 +69,7 @@ class Replica:
             FusionError: the model cannot be copied, or does not run on the example.
         """
         self.model, self.engine, self.dtype, self.asked = model, engine, dtype, plan
+        self.route = route_of(model)
         self._largest: dict[tuple[int, ...], int] = {}
         floating = [p.dtype for p in model.parameters() if p.is_floating_point()]
         self._itemsize = (dtype or (floating[0] if floating else x.dtype)).itemsize
@@ -329,7 +332,7 @@ def planned(model: nn.Module, example: Tensor, engine: Engine) -> FusionPlan:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", BNSurgeryWarning)  # no BN layer is no news here
-            return plan_fusion(model, example, strict=False)
+            return plan_of(model, example, strict=False)
     except FusionError as error:
         evaluation_copy(model)  # raises where there can be no copy at all
         say(f"attacks run on a copy that is not fused: {error}")

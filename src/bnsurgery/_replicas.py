@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bnsurgery._copies import by_itself, evaluation_copy, is_faithful
 from bnsurgery._modes import global_state
 from bnsurgery._replica import Replica, planned
+from bnsurgery._routing import route_of
 from bnsurgery.adapters import check_attack, craft, is_around, is_autoattack, is_torchattacks
 from bnsurgery.attacks import PGD
 from bnsurgery.engine import Engine
@@ -36,7 +37,7 @@ class Replicas:
         """A copy for inputs like x (N, ...), with the live model's values; None, said once, where there can be none."""
         if self.none or torch.is_inference_mode_enabled():
             return None
-        key = tuple(x.shape), x.dtype
+        key = tuple(x.shape), x.dtype, route_of(self._model)
         replica = self._by_shape.get(key)
         if replica is not None:
             if replica.refresh():
@@ -60,7 +61,8 @@ class Replicas:
         with global_state(device_of(self._model), seed=0):
             plan = planned(self._model, example, self._engine)
         for replica in dict.fromkeys(self._by_shape.values()):
-            if replica.asked == plan and replica.refresh() and replica.serves(x, example):
+            same = replica.asked == plan and replica.route == route_of(self._model)
+            if same and replica.refresh() and replica.serves(x, example):
                 return replica
         return Replica(self._model, x, example, self._engine, plan=plan, dtype=self._dtype, compile=self._compile)
 

@@ -14,6 +14,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnsurgery._routing import Router
+
 _PLAIN = frozenset((bool, int, float, str, type(None)))
 _CONTAINERS = frozenset((dict, OrderedDict, list, set))
 _SKIPPED = frozenset(("_parameters", "_buffers", "_modules", "training", "track_running_stats"))
@@ -43,6 +45,8 @@ def signature(model: nn.Module) -> list[Any]:
             if kind in _PLAIN or (kind is tuple and is_plain(value)):
                 add(name)
                 add(value)
+            elif type(value) is Router:  # where passes go is not for long: who looks asks it
+                parts += (name, value.branches)
             elif isinstance(value, _OPAQUE):  # spares gathering all tensors
                 add(name)
                 add(_Same(value))

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from bnsurgery._frozen import nothing_kept
 from bnsurgery._layouts import channels_last, runs_channels_last
 from bnsurgery._modes import Buffers
 from bnsurgery._replicas import Replicas, can_attack_a_copy, craft_on_copy
+from bnsurgery._routing import Rows, routed
 from bnsurgery.adapters import craft
 from bnsurgery.attacks import PGD, Loss, attacking, cross_entropy
 from bnsurgery.errors import BNSurgeryWarning
@@ -159,6 +160,8 @@ class Tuning:
         lean: bool,
         autocast: torch.dtype | None,
         compile: bool,  # noqa: A002 - the public name
+        branches: tuple[str, str] | None,
+        consistent_bn_after: int | None,
     ) -> None:
         self.model, self.root, self.optimizer = model, unwrap(model), optimizer
         self._run = torch.compile(model) if compile else model
@@ -166,7 +169,7 @@ class Tuning:
         self._autocast = autocast
         self._layouts: dict[torch.Size, bool] = {}
         self.make, self.clean_fraction, self.loss, self.schedule = make, clean_fraction, loss, schedule
-        self._eps_warmup = eps_warmup
+        self._eps_warmup, self._branches, self._consistent_bn_after = eps_warmup, branches, consistent_bn_after
         self.epochs, self.max_steps, self.on_step = epochs, max_steps, on_step
         self.device = device_of(model)
         self.step = self.epoch = 0
@@ -246,16 +249,18 @@ class Tuning:
         clean = round(self.clean_fraction * len(x))
         whole = False
         try:
-            watched = 1 in (len(x), len(x) - clean)
+            watched = 1 in (len(x), len(x) - clean) or (self._branches is not None and clean == 1)
             last = self._takes_channels_last(x)
             with self._one_value_ends(watched and self.make is not None and self.make.live):
-                x = self._mixed(x, y, clean)
+                with self._through(0, len(x)):
+                    x = self._mixed(x, y, clean)
                 if self._images_channels_last and x.dim() == 4:
                     x = channels_last(x) if last else x.contiguous()
             # Until the backward pass is done: activation checkpointing runs parts of the model once more in it.
-            with nothing_kept(self.model) if self._lean else nullcontext():
+            lean = nothing_kept(self.model) if self._lean else nullcontext()
+            with lean, self._through(clean if self.make is not None else len(x), len(x)):
                 with self._one_value_ends(watched):
-                    self.model.train()
+                    self._set_modes()
                     with torch.set_grad_enabled(self.optimizer is not None):
                         logits = self._logits(x, before)
                         check_labels(y, logits)
@@ -279,6 +284,21 @@ class Tuning:
                 self.optimizer.zero_grad(set_to_none=True)
         error_rate = 100 * float((logits.detach().argmax(1) != y).double().mean())
         return StepRecord(self.epoch, self.step, float(loss.detach()), error_rate, self._lr(), len(x))
+
+    def _through(self, clean: int, count: int) -> AbstractContextManager[None]:
+        """Sends the first ``clean`` of so many examples through the clean branch, the rest through the adversarial."""
+        if self._branches is None:
+            return nullcontext()
+        runs = [(name, size) for name, size in zip(self._branches, (clean, count - clean), strict=True) if size]
+        return routed(self.root, runs[0][0] if len(runs) == 1 else Rows(runs))
+
+    def _set_modes(self) -> None:
+        """Training mode; towards the end of the run BN may stay as in evaluation."""
+        self.model.train()
+        if self._consistent_bn_after is not None and self.epoch >= self._consistent_bn_after:
+            for module in self.root.modules():
+                if isinstance(module, _BatchNorm):
+                    module.training = False
 
     def _logits(self, x: Tensor, before: Buffers) -> Tensor:
         """The model's own in training mode; with images in the usual layout where a hook takes no other."""

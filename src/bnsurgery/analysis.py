@@ -1,4 +1,4 @@
-"""Records about a network that say what BN fine-tuning did to it: normalized weights, outputs under attack, histograms.
+"""Records about networks: normalized weights, outputs under attack, input gradients, transfer, and sets of features.
 
 They hold plain numbers and tensors on the CPU; :mod:`bnsurgery.plots` draws them.
 """
@@ -16,12 +16,28 @@ from torch import Tensor, nn
 
 from bnsurgery._data import Data, check_bounds
 from bnsurgery._evaluating import percent, refuse_normalising, running
+from bnsurgery._features import FeatureSet, feature_dataset
+from bnsurgery._similarity import GradientSimilarity, input_gradient_similarity
+from bnsurgery._transfer import TransferMatrix, transfer_matrix
 from bnsurgery.adapters import check_attack, describe_attack
 from bnsurgery.engine import Engine, EngineLike, chosen_engine
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.folding import Affine
 
-__all__ = ["Histogram", "Outputs", "WeightShift", "histogram", "outputs", "weight_shift"]
+__all__ = [
+    "FeatureSet",
+    "GradientSimilarity",
+    "Histogram",
+    "Outputs",
+    "TransferMatrix",
+    "WeightShift",
+    "feature_dataset",
+    "histogram",
+    "input_gradient_similarity",
+    "outputs",
+    "transfer_matrix",
+    "weight_shift",
+]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from bnsurgery._data import is_pair
 from bnsurgery._modes import global_state, preserved
 from bnsurgery._moments import slowest
 from bnsurgery._replicas import Replicas, can_attack_a_copy
+from bnsurgery._routing import routers
 from bnsurgery._tuning import SCHEDULES, AttackStep, Callback, EpochRecord, Schedule, StepCallback, StepRecord, Tuning
 from bnsurgery.adapters import check_attack, configuration_of, describe_attack
 from bnsurgery.attacks import PGD, Loss, cross_entropy
@@ -36,7 +37,8 @@ from bnsurgery.engine import (
 )
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.freezing import freeze_except_bn
-from bnsurgery.layers import device_of, named_parameters, unwrap
+from bnsurgery.layers import bn_layers, device_of, named_parameters, require_statistics, unwrap
+from bnsurgery.surgery import require_branches
 
 Train = Literal["bn", "bn-params", "bn-stats", "all", "as-is"]
 TRAIN: tuple[Train, ...] = ("bn", "bn-params", "bn-stats", "all", "as-is")
@@ -86,6 +88,8 @@ def adv_finetune(
     attack: Any = PGD(),  # noqa: B008 - a plain description: the run draws from a generator of its own
     eps_warmup: int = 0,
     clean_fraction: float = 0.0,
+    branches: tuple[str, str] = ("clean", "adv"),
+    consistent_bn_after: int | None = None,
     optimizer: OptimizerLike | None = None,
     lr: float = 0.05,
     momentum: float = 0.9,
@@ -128,6 +132,12 @@ def adv_finetune(
             n of them, epoch k (from 0) attacks with (k + 1) / (n + 1) of ``eps`` and of ``step_size``. For networks
             that an attack of full strength would at once turn into a constant.
         clean_fraction: share of each batch, from its front, that stays clean, in [0, 1].
+        branches: of a model from :func:`bnsurgery.split_bn`, the branch that clean examples go through, and the one
+            that adversarial examples are made on and go through (Xie and Yuille: mixture BN), both in one pass. Where
+            :func:`bnsurgery.use_branch` has chosen, all goes there. Callbacks find the first branch, or that one.
+        consistent_bn_after: number of epochs after which BN normalises in training as it does in evaluation, by its
+            running statistics, which stay from then on, while gamma and beta go on training (Xie and Yuille: consistent
+            BN); below ``epochs``.
         optimizer: a function from the list of parameters to an optimizer, or an optimizer over at least these; by
             default SGD with Nesterov momentum.
         lr: learning rate of the default optimizer.
@@ -165,7 +175,8 @@ def adv_finetune(
 
     Raises:
         NoBatchNormError: ``train`` is one of the ``"bn"`` kinds and there is no BN layer.
-        ValueError: an argument out of range, nothing to train, no data, wrong shapes, inputs or labels out of range.
+        ValueError: an argument out of range, nothing to train, no data, wrong shapes, inputs or labels out of range, a
+            split model without these branches.
         TypeError: ``attack`` is none.
         CheckpointError: the checkpoint is damaged or belongs to another run.
         BNSurgeryError: a DistributedDataParallel model was built before what trains was chosen; the attack returned
@@ -195,6 +206,8 @@ def adv_finetune(
         raise ValueError(f"step_precision must be one of {known}, got {step_precision!r}")
     each_epoch = (callbacks,) if callable(callbacks) else tuple(callbacks)
     root, device = unwrap(model), device_of(model)
+    parted = _parted(root, branches)
+    _check_consistent(consistent_bn_after, epochs, train, root)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"checkpoint={str(path)!r}: the folder {str(path.parent)!r} does not exist")
@@ -233,10 +246,14 @@ def adv_finetune(
             lean=switches is not None,
             autocast=autocast,
             compile=compile,
+            branches=branches if parted else None,
+            consistent_bn_after=consistent_bn_after,
         )
         configuration = {
             "attack": _described(attack, eps_warmup),
+            "branches": list(branches) if parted else None,
             "clean_fraction": float(clean_fraction),
+            "consistent_bn_after": consistent_bn_after,
             "epochs": epochs,
             "frozen": _checkpoints.fingerprint(root, trainable) if path is not None else "",
             "loss": getattr(loss, "__name__", type(loss).__name__),
@@ -364,6 +381,33 @@ def _check_warmup(eps_warmup: int, epochs: int, attack: Any) -> None:
     if eps_warmup and not isinstance(attack, PGD):
         what = "None" if attack is None else describe_attack(attack)
         raise ValueError(f"eps_warmup goes with a PGD as attack, got {what}")
+
+
+def _parted(model: nn.Module, branches: tuple[str, str]) -> bool:
+    """Whether the examples of a batch are to take these branches: the model is split, and none has been chosen."""
+    found = routers(model)
+    if not found or all(router.chosen is not None for router in found):
+        return False
+    if isinstance(branches, str) or len(branches) != 2:
+        raise ValueError(f"branches must be two, for clean and for adversarial examples, got {branches!r}")
+    try:
+        require_branches(model, branches)
+    except ValueError as error:
+        raise ValueError(f"branches={branches!r}: {error}; name two of these, or choose one by use_branch") from None
+    return True
+
+
+def _check_consistent(consistent_bn_after: int | None, epochs: int, train: str, model: nn.Module) -> None:
+    if consistent_bn_after is None:
+        return
+    if not (0 <= consistent_bn_after < epochs and int(consistent_bn_after) == consistent_bn_after):
+        raise ValueError(
+            f"consistent_bn_after must be a whole number from 0 to below epochs={epochs}, got {consistent_bn_after}"
+        )
+    if train == "bn-stats":
+        raise ValueError("consistent_bn_after holds the statistics, and with train='bn-stats' nothing else moves")
+    for name, layer in bn_layers(model).items():
+        require_statistics(name, layer, "consistent_bn_after")
 
 
 def _described(attack: Any, eps_warmup: int) -> str:

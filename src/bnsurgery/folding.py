@@ -75,7 +75,7 @@ def fold_bn(model: nn.Module, *, strict: bool = True) -> dict[str, Affine]:
         require_statistics(name, layer, "fold_bn")
     folded = {}
     for (name, layer), (m, b) in zip(layers.items(), normalized(list(layers.values())), strict=True):
-        held = (_read(layer, "weight"), _read(layer, "bias"), _read(layer, "running_var"))
+        held = (read(layer, "weight"), read(layer, "bias"), read(layer, "running_var"))
         dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in held) else torch.float32
         folded[name] = Affine(m.to(dtype, copy=True), b.to(dtype, copy=True))
     return folded
@@ -92,7 +92,7 @@ def foldable(model: nn.Module, strict: bool) -> dict[str, nn.Module]:
 @torch.no_grad()
 def normalized(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
     """Eq. 1 for all layers of a device at once: m and b of each, in float64 where the device has it."""
-    variances = [cast(Tensor, _read(layer, "running_var")) for layer in layers]
+    variances = [cast(Tensor, read(layer, "running_var")) for layer in layers]
     by_device: dict[torch.device, list[int]] = {}
     for index, variance in enumerate(variances):
         by_device.setdefault(variance.device, []).append(index)
@@ -105,7 +105,7 @@ def normalized(layers: Sequence[nn.Module]) -> list[tuple[Tensor, Tensor]]:
         if bool((epsilons != eps).any()):
             eps = epsilons.repeat_interleave(torch.tensor(sizes)).to(device, widest(device))
         mean, variance, gamma, beta = (
-            _joined([_read(layer, name) for layer in own], sizes, missing, device)
+            _joined([read(layer, name) for layer in own], sizes, missing, device)
             for name, missing in (("running_mean", 0.0), ("running_var", 1.0), ("weight", 1.0), ("bias", 0.0))
         )
         m = (variance + eps).rsqrt() * gamma
@@ -141,7 +141,7 @@ def _joined(values: Sequence[Tensor | None], sizes: Sequence[int], missing: floa
     return torch.cat(list(given)).to(wide)
 
 
-def _read(layer: nn.Module, name: str) -> Tensor | None:
+def read(layer: nn.Module, name: str) -> Tensor | None:
     """A parameter or buffer of a layer, computed where it is parametrized, as in evaluation mode."""
     for held in (layer._parameters, layer._buffers):  # as attributes they would take longer: there are many
         if name in held:

@@ -21,6 +21,7 @@ from bnsurgery._tracing import Trace, is_bn, trace_eager
 from bnsurgery.errors import BNSurgeryWarning, FusionError
 from bnsurgery.folding import converted, foldable, normalized
 from bnsurgery.layers import named_modules
+from bnsurgery.surgery import selected
 
 _WIDE = (torch.float32, torch.float64)
 
@@ -52,7 +53,8 @@ def fuse_bn(
     Arithmetic is done in at least float32 and cast last. Each fused BN layer is an Identity in the copy (timm's
     BatchNormAct2d leaves its dropout and activation), and what it fed on has a weight and a bias of its own, also where
     the weight was tied. Wrappers (DistributedDataParallel, ``torch.compile``) are left out of the copy. A fused copy is
-    for evaluation, and for the path through the model that was traced.
+    for evaluation, and for the path through the model that was traced. Of a split model it has the branch that is
+    selected (:func:`bnsurgery.use_branch`), and no other.
 
     Args:
         model: any module; it is not run, and not changed.
@@ -67,7 +69,7 @@ def fuse_bn(
     Raises:
         NoBatchNormError: there is no BN layer (``strict=True``).
         FusionError: the model cannot be copied or traced, the plan does not fit it, or the outputs differ.
-        BNSurgeryError: a BN layer is lazy or on the meta device.
+        BNSurgeryError: a BN layer is lazy or on the meta device, or examples take different branches of a split model.
 
     Warns:
         BNSurgeryWarning: there are BN layers, and none was fused.
@@ -82,6 +84,7 @@ def fuse_bn(
         fuses 1 of 1 BN layers
           '1' into '0'
     """
+    model = selected(model, "fuse_bn")
     if plan is None:
         plan = plan_fusion(model, example_input, strict=strict)
     fused = apply_plan(plan, model)
@@ -114,7 +117,7 @@ def plan_fusion(model: nn.Module, example_input: Any = None, *, strict: bool = T
     Raises:
         NoBatchNormError: there is no BN layer (``strict=True``).
         FusionError: the model cannot be copied or traced.
-        BNSurgeryError: a BN layer is lazy or on the meta device.
+        BNSurgeryError: a BN layer is lazy or on the meta device, or examples take different branches of a split model.
 
     Example:
         >>> import torch
@@ -123,6 +126,11 @@ def plan_fusion(model: nn.Module, example_input: Any = None, *, strict: bool = T
         fuses 0 of 1 BN layers
           not '2': its input is the output of '1' (ReLU), not of a convolution or linear layer
     """
+    return plan_of(selected(model, "plan_fusion"), example_input, strict=strict)
+
+
+def plan_of(model: nn.Module, example_input: Any, *, strict: bool) -> FusionPlan:
+    """As :func:`plan_fusion`, with the branches of a split model under their own names; the path alone counts."""
     if not foldable(model, strict):
         return FusionPlan(())
     private = evaluation_copy(model)

@@ -20,7 +20,6 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from examples.machine import commit, hardware, versions
-from examples.walter.rows import label
 
 COMMIT = commit()
 """Of the code that is running: read when it is loaded, since a run may last longer than the commit is checked out."""
@@ -32,6 +31,12 @@ class Problem(Exception):  # noqa: N818 - it is for the user, who need not look 
 
 class Pending(Problem):
     """A result is needed that is not there yet."""
+
+
+def label(settings: Mapping[str, Any]) -> str:
+    """Settings as they are named in files."""
+    short = {option: f"{value:g}" if isinstance(value, float) else value for option, value in settings.items()}
+    return "-".join(f"{option}{value}" for option, value in short.items())
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,19 @@ def require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         raise Problem(f"{path} was made otherwise ({'; '.join(differences)}): remove it, or use another --out")
 
 
+def kept(path: Path, look: Callable[[dict[str, Any]], object], now: dict[str, Any]) -> dict[str, Any] | None:
+    """A record of the configuration ``now``; None where there is none yet.
+
+    Raises:
+        Problem: it is damaged, or of another configuration.
+    """
+    if not path.exists():
+        return None
+    record = read_json(path, look)
+    require_same(path, record["configuration"], now)
+    return record
+
+
 def serialized(model: nn.Module) -> tuple[bytes, str]:
     """All parameters and buffers, as safetensors, and the SHA-256 of that."""
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
@@ -190,10 +208,10 @@ def load_weights(model: nn.Module, path: Path, sha256: str, record: Path) -> Non
     model.load_state_dict(state)
 
 
-def origin(seed: int, device: torch.device) -> dict[str, Any]:
-    """What a result is made with."""
+def origin(program: str, seed: int, device: torch.device) -> dict[str, Any]:
+    """What a result is made with, by the example of this name."""
     return {
-        "command": shlex.join(["python", "-m", "examples.walter", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"examples.{program}", *sys.argv[1:]]),
         "commit": COMMIT,
         "seed": seed,
         "versions": versions(),

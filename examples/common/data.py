@@ -1,4 +1,4 @@
-"""CIFAR-10 as the paper's rows take it: AutoAugment and Cutout for clean training, crops and flips for adversarial."""
+"""CIFAR-10 as the papers take it: AutoAugment and Cutout, or crops and flips."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from examples.cifar10 import Batches, floats, full, sample
-from examples.walter.files import Problem
+from examples.common.files import Problem
 
 
 @dataclass(frozen=True)

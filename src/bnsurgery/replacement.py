@@ -1,0 +1,202 @@
+"""Replace BN by what does not look at the batch, or by nothing.
+
+Benz, Zhang and Kweon (arXiv 2010.03316) compare networks with BN, GroupNorm, LayerNorm, InstanceNorm and none. In a
+network for images, their LayerNorm is GroupNorm with one group.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from bnsurgery._copies import private_copy
+from bnsurgery._refusals import has_activation, knows_forward
+from bnsurgery._substitution import substituted
+from bnsurgery._tracing import is_hooked
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.folding import read
+from bnsurgery.layers import PARAMETERS, bn_layers, is_frozen_bn, label, named_modules, select, trainable_parts
+
+Kind = Literal["group", "layer", "instance", "none"]
+KINDS: tuple[Kind, ...] = ("group", "layer", "instance", "none")
+Make = Callable[[_BatchNorm], nn.Module]
+"""A BN layer to what takes its place."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What :func:`replace_bn` did; layers go by their qualified names.
+
+    Attributes:
+        layers: what took the place of each BN layer, in words.
+        carried: layers whose gamma and beta went into what took their place.
+        dropped: layers whose gamma and beta did not: there is no place for them, or it does not mean the same.
+        kept: BN layers that stay: those not asked for, and FrozenBatchNorm2d.
+    """
+
+    layers: dict[str, str]
+    carried: tuple[str, ...]
+    dropped: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+class Replaced(NamedTuple):
+    """A model without BN layers, and the report on it.
+
+    Attributes:
+        model: the copy.
+        report: what took the place of what.
+    """
+
+    model: nn.Module
+    report: Replacement
+
+
+def replace_bn(
+    model: nn.Module, kind: Kind | Make, *, groups: int = 32, layers: str | Iterable[str] | None = None
+) -> Replaced:
+    """Puts another normalization, or none, in the place of each BN layer; returns a copy and a report.
+
+    Statistics go, eps stays. Gamma and beta stay where they mean the same, a scale and a shift of each normalized
+    channel: in GroupNorm and InstanceNorm. Timm's BatchNormAct2d leaves its dropout and activation behind. A layer that
+    is used in several places is replaced in all of them by one.
+
+    Args:
+        model: any module with BN layers; wrapped ones are looked through, and the copy is without wrappers.
+        kind: ``"group"``: GroupNorm. ``"layer"``: GroupNorm with one group, over channels and positions together.
+            ``"instance"``: each channel of each example by itself: InstanceNorm of as many dimensions, or, where the
+            class does not say how many (SyncBatchNorm), GroupNorm with one channel a group. ``"none"``: Identity. Or a
+            function from the BN layer, in the copy, to the module that takes its place.
+        groups: of GroupNorm, in how many groups channels are: a divisor of their number.
+        layers: qualified names or globs of the layers to replace; all by default.
+
+    Returns:
+        The copy, in the same modes, without gradients, and the report: ``model, report = replace_bn(...)``. What is
+        carried over keeps its dtype and device.
+
+    Raises:
+        NoBatchNormError: there is no BN layer.
+        ValueError: an unknown kind, ``groups`` that does not divide the channels of a layer, or a pattern that matches
+            nothing.
+        TypeError: the function returned no module.
+        BNSurgeryError: a layer has hooks, or a ``forward`` of its own, which may do more than normalise; it is lazy or
+            on the meta device; or the model cannot be copied.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> without, report = replace_bn(model, "group", groups=4)
+        >>> type(without[1]).__name__, without[1].num_groups
+        ('GroupNorm', 4)
+        >>> report.carried
+        ('1',)
+    """
+    if not callable(kind) and kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))} or a function, got {kind!r}")
+    found = bn_layers(model)
+    chosen = found if layers is None else select(found, layers, "layers")
+    for name, layer in chosen.items():
+        _check(name, layer, kind, groups)
+    private = private_copy(model, error=BNSurgeryError)
+    own = dict(named_modules(private))
+    swap: dict[int, nn.Module] = {}
+    words: dict[str, str] = {}
+    carried: list[str] = []
+    dropped: list[str] = []
+    for name in chosen:
+        layer = cast(_BatchNorm, own[name])
+        new = kind(layer) if callable(kind) else _made(layer, kind, groups)
+        if not isinstance(new, nn.Module):
+            raise TypeError(f"kind must return a module, got a {type(new).__name__} for {label(name, layer)}")
+        if any(trainable_parts(layer, part) for part in PARAMETERS):
+            (carried if _carried(layer, new) else dropped).append(name)
+        words[name] = repr(new)
+        swap[id(layer)] = _with_activation(layer, new).train(layer.training)
+    frozen = [name for name, module in named_modules(model) if is_frozen_bn(module)]
+    kept = (*(name for name in found if name not in chosen), *frozen)
+    return Replaced(substituted(private, swap), Replacement(words, tuple(carried), tuple(dropped), kept))
+
+
+def _check(name: str, layer: _BatchNorm, kind: Kind | Make, groups: int) -> None:
+    """Raises where a layer cannot be replaced."""
+    channels = layer.num_features
+    if kind == "group" and (groups < 1 or channels % groups):
+        divisors = ", ".join(str(number) for number in range(1, channels + 1) if channels % number == 0)
+        raise ValueError(
+            f"groups={groups} does not divide the {channels} channels of {label(name, layer)}: take one of {divisors}, "
+            "or replace layers of other widths by themselves, with layers="
+        )
+    if is_hooked(layer):
+        raise BNSurgeryError(f"{label(name, layer)} has hooks, which would be lost: remove them, or leave it out")
+    if not callable(kind) and not knows_forward(layer):
+        raise BNSurgeryError(
+            f"{label(name, layer)} has a forward of its own, which may do more than normalise: pass a function that "
+            "makes what is to take its place, or leave it out"
+        )
+
+
+def _made(layer: _BatchNorm, kind: Kind, groups: int) -> nn.Module:
+    """What takes the place of a layer, with the same parameters as it has."""
+    if kind == "none":
+        return nn.Identity()
+    channels, eps = layer.num_features, layer.eps
+    new: nn.Module
+    if kind == "instance":
+        norm = next((norm for bn, norm in _INSTANCE.items() if isinstance(layer, bn)), InstanceNorm)
+        new = norm(channels, eps=eps, affine=True)
+    else:
+        new = nn.GroupNorm(groups if kind == "group" else 1, channels, eps=eps)
+    for part in PARAMETERS:
+        if not trainable_parts(layer, part):
+            new.register_parameter(part, None)
+    return new
+
+
+def _carried(layer: _BatchNorm, new: nn.Module) -> bool:
+    """Puts gamma and beta into what takes a layer's place, if they mean the same there; whether they did."""
+    if not isinstance(new, (nn.GroupNorm, _InstanceNorm, _BatchNorm)):
+        return False
+    parts = {part: read(layer, part) for part in PARAMETERS}
+    held = {part: getattr(new, part) for part, value in parts.items() if value is not None}
+    if any(own is None or own.shape != (layer.num_features,) for own in held.values()):
+        return False
+    for part in held:
+        value = cast(Tensor, parts[part]).detach()
+        trains = any(parameter.requires_grad for parameter in trainable_parts(layer, part).values())
+        setattr(new, part, nn.Parameter(value.clone(), trains))
+    return True
+
+
+def _with_activation(layer: _BatchNorm, new: nn.Module) -> nn.Module:
+    """With timm's dropout and activation after it, where the BN layer has them."""
+    if not has_activation(layer):
+        return new
+    parts = {"norm": new, "drop": cast(nn.Module, layer.drop), "act": cast(nn.Module, layer.act)}
+    return nn.Sequential(OrderedDict(parts))
+
+
+class InstanceNorm(_InstanceNorm):
+    """InstanceNorm of batches (N, C, ...), with any number of dimensions of positions, but at least one."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch names it
+        """The same shape; each channel of each example with mean 0 and variance 1, times gamma, plus beta."""
+        if input.dim() < 3 or input.shape[1] != self.num_features:
+            raise ValueError(
+                f"InstanceNorm takes (N, {self.num_features}, ...) with at least one dimension of positions, got "
+                f"{tuple(input.shape)}: of a single value per channel there is no variance"
+            )
+        normalized: Tensor = self._apply_instance_norm(input)  # type: ignore[no-untyped-call]
+        return normalized
+
+
+_INSTANCE: dict[type[_BatchNorm], type[_InstanceNorm]] = {
+    nn.BatchNorm2d: nn.InstanceNorm2d,
+    nn.BatchNorm3d: nn.InstanceNorm3d,
+}
+"""That of one dimension would take (N, C) for an example without a batch."""

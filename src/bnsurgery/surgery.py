@@ -1,0 +1,246 @@
+"""Split BN layers into branches, choose one, keep one.
+
+Xie and Yuille, "Intriguing Properties of Adversarial Training at Scale" (arXiv 1906.03787): clean and adversarial
+inputs have different statistics, so that each gets BN of its own (mixture BN) and shares the rest of the network. Xie
+et al. (AdvProp, arXiv 1911.09665) deploy the clean branch, those above the adversarial one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnsurgery._copies import private_copy
+from bnsurgery._data import describe
+from bnsurgery._routing import SHARES, Router, Routing, Rows, Share, SplitBatchNorm, routers
+from bnsurgery._substitution import substituted
+from bnsurgery.errors import BNSurgeryError
+from bnsurgery.layers import bn_layers, device_of, label, named_modules, require_statistics, select, unwrap
+
+
+def split_bn(
+    model: nn.Module,
+    branches: Sequence[str] = ("clean", "adv"),
+    *,
+    share: Share = "none",
+    layers: str | Iterable[str] | None = None,
+) -> nn.Module:
+    """Puts several BN layers, the branches, in the place of each; returns a copy.
+
+    Source: Xie and Yuille (arXiv 1906.03787), mixture BN. All branches begin as the layer that was there, and are of
+    its class, so that timm's BatchNormAct2d keeps its activation. :func:`use_branch` says which of them runs, in
+    training and in evaluation; until then the first one does. Everything in this library takes the branches for what
+    they are, BN layers, under names such as ``"layer1.bn1.adv"``.
+
+    Args:
+        model: any module with BN layers, none of them split; wrapped ones are looked through, and the copy is without
+            wrappers.
+        branches: their names, at least one, each a Python identifier that is no attribute of modules.
+        share: what the branches of a layer hold together. ``"none"``: nothing. ``"parameters"``: gamma and beta, so
+            that the statistics alone are apart. ``"statistics"``: these, so that gamma and beta alone are.
+        layers: qualified names or globs of the layers to split; all by default.
+
+    Returns:
+        The copy, in the same modes, without gradients. DistributedDataParallel around it needs
+        ``find_unused_parameters=True`` where a step takes one branch alone.
+
+    Raises:
+        NoBatchNormError: there is no BN layer.
+        ValueError: an invalid name, an unknown ``share``, or a pattern that matches nothing.
+        BNSurgeryError: a layer is split already, is lazy, or on the meta device; it has no statistics to share; or the
+            model cannot be copied.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> split = split_bn(model)
+        >>> list(bn_layers(split))
+        ['1.clean', '1.adv']
+        >>> x = torch.rand(4, 3, 8, 8)
+        >>> with use_branch(split, "adv"):
+        ...     _ = split(x)
+        >>> bool(split[1].clean.running_mean.any()), bool(split[1].adv.running_mean.any())
+        (False, True)
+    """
+    names = _checked(branches)
+    if share not in SHARES:
+        raise ValueError(f"share must be one of {', '.join(map(repr, SHARES))}, got {share!r}")
+    found = bn_layers(model)
+    for name, module in named_modules(model):
+        if isinstance(module, SplitBatchNorm):
+            raise BNSurgeryError(
+                f"{label(name, module)} is split already, into {_listed(module.router.branches)}: "
+                "use keep_branch first, or split all branches at once"
+            )
+    chosen = found if layers is None else select(found, layers, "layers")
+    if share == "statistics":
+        for name, found_layer in chosen.items():
+            require_statistics(name, found_layer, "share='statistics'")
+    private = private_copy(model, error=BNSurgeryError)
+    own = dict(named_modules(private))
+    router = Router(names, names[0])
+    swap: dict[int, nn.Module] = {}
+    for name in chosen:
+        layer: nn.Module = own[name]
+        copies = {branch: _again(layer, private) for branch in names[1:]}
+        swap[id(layer)] = SplitBatchNorm({names[0]: layer, **copies}, router, share=share, place=name)
+    return substituted(private, swap)
+
+
+@contextmanager
+def use_branch(model: nn.Module, branch: str | Tensor) -> Iterator[nn.Module]:
+    """Chooses the branch that passes through a split model take, for the length of a ``with`` block.
+
+    It holds in training and in evaluation, for forward passes of this thread (and those that torch makes for it: the
+    recomputation of activation checkpointing on an accelerator, ``DataParallel``); other threads choose by themselves.
+    Blocks nest: the innermost counts, and on leaving it, also by an exception, the one before does. With activation
+    checkpointing the backward pass belongs into the block. Copies and pickles made inside it have that branch for
+    good, where nothing else is chosen.
+
+    Args:
+        model: a model from :func:`split_bn`, or one with such models in it; wrapped ones are looked through.
+        branch: the name of a branch, for all examples; or, for batches of N examples, the number of a branch for each,
+            in the order in which the branches were named: integers (N,), or of two branches bools. Then BN is to be
+            given N examples in the order of the batch.
+
+    Yields:
+        The model.
+
+    Raises:
+        BNSurgeryError: no layer of the model is split.
+        ValueError: no such branch; the numbers are not of integers (N,), or out of range. A pass of another number of
+            examples raises it too, naming the layer.
+
+    Example:
+        >>> import torch
+        >>> model = split_bn(torch.nn.Sequential(torch.nn.BatchNorm1d(3)), ("clean", "adv"))
+        >>> x = torch.rand(6, 3)
+        >>> with use_branch(model, torch.tensor([0, 0, 0, 1, 1, 1])):
+        ...     mixed = model(x)
+        >>> with use_branch(model, "adv"):
+        ...     alone = model(x[3:])
+        >>> torch.allclose(mixed[3:], alone)
+        True
+    """
+    found = _routers(model)
+    with ExitStack() as stack:
+        for router, routing in [(router, _routing(router, branch, model)) for router in found]:
+            stack.enter_context(router.choosing(routing))
+        yield model
+
+
+def keep_branch(model: nn.Module, branch: str) -> nn.Module:
+    """Makes an ordinary model of a split one, with the BN layers of one branch; returns a copy.
+
+    After :func:`split_bn` it gives back the model that was split, bit for bit: its classes, its ``state_dict``, its
+    modes.
+
+    Args:
+        model: a model from :func:`split_bn`; wrapped ones are looked through, and the copy is without wrappers.
+        branch: which.
+
+    Returns:
+        The copy, in the same modes, without gradients.
+
+    Raises:
+        BNSurgeryError: no layer of the model is split, or it cannot be copied.
+        ValueError: there is no such branch.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> kept = keep_branch(split_bn(model, ("clean", "adv")), "adv")
+        >>> kept[1]
+        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
+    for router in _routers(model):
+        _require(router, branch)
+    private = private_copy(model, error=BNSurgeryError)
+    split = [module for module in private.modules() if isinstance(module, SplitBatchNorm)]
+    return substituted(private, {id(module): module.branch(branch) for module in split})
+
+
+def selected(model: nn.Module, purpose: str) -> nn.Module:
+    """A model as it is where nothing is split; else an ordinary copy, with the branch that is selected now."""
+    found = routers(model) if isinstance(model, nn.Module) else []
+    if not found:
+        return model
+    chosen = {router.selected() for router in found}
+    (branch, *others) = chosen
+    if others or not isinstance(branch, str):
+        raise BNSurgeryError(
+            f"{purpose} takes one branch of a split model, and examples take several: choose one by use_branch(model, "
+            f"{found[0].branches[0]!r})"
+        )
+    return keep_branch(model, branch)
+
+
+def require_branches(model: nn.Module, branches: Sequence[str]) -> None:
+    """Raises :class:`ValueError` unless a split model has all of these branches."""
+    for router in routers(model):
+        for branch in branches:
+            _require(router, branch)
+
+
+def _checked(branches: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(branches, str) or not isinstance(branches, Sequence) or not branches:
+        raise ValueError(f"branches must be one or several names, such as ('clean', 'adv'), got {branches!r}")
+    for branch in branches:
+        if not (isinstance(branch, str) and branch.isidentifier()) or branch in _TAKEN:
+            raise ValueError(
+                "branches must be Python identifiers, and no attributes of modules, such as 'clean' and 'adv', got "
+                f"{branch!r}"
+            )
+    if len(set(branches)) < len(branches):
+        raise ValueError(f"branches must have different names, got {_listed(branches)}")
+    return tuple(branches)
+
+
+def _again(layer: nn.Module, model: nn.Module) -> nn.Module:
+    """A layer once more; what is outside of it, which its hooks may refer to, is not copied."""
+    inside = {id(part) for part in (*layer.modules(), *layer.parameters(), *layer.buffers())}
+    parts: list[Any] = [*model.modules(), *model.parameters(), *model.buffers()]
+    return copy.deepcopy(layer, {id(part): part for part in parts if id(part) not in inside})
+
+
+def _routers(model: nn.Module) -> list[Router]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    found = routers(model)
+    if not found:
+        raise BNSurgeryError(f"no BN layer of {type(unwrap(model)).__name__} is split: use split_bn first")
+    return found
+
+
+def _routing(router: Router, branch: str | Tensor, model: nn.Module) -> Routing:
+    if not isinstance(branch, Tensor):
+        _require(router, branch)
+        return branch
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    if branch.dim() != 1 or branch.dtype not in integers:
+        raise ValueError(f"branch must be a name, or integers (N,), one for each example, got {describe(branch)}")
+    index = branch.detach().to(device_of(model), torch.int64)
+    if len(index):
+        low, high = (int(value) for value in torch.aminmax(index))
+        if low < 0 or high >= len(router.branches):
+            numbered = ", ".join(f"{number} ({name!r})" for number, name in enumerate(router.branches))
+            raise ValueError(f"branch must hold numbers among {numbered}, got {low} to {high}")
+    return Rows.of(index, router.branches)
+
+
+def _require(router: Router, branch: str) -> None:
+    if branch not in router.branches:
+        raise ValueError(f"there is no branch {branch!r}: this model is split into {_listed(router.branches)}")
+
+
+def _listed(branches: Sequence[str]) -> str:
+    return ", ".join(map(repr, branches))
+
+
+_TAKEN = frozenset((*dir(nn.Module()), *dir(SplitBatchNorm), "place", "router", "share"))
+"""Attributes that a branch may not hide."""
