@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def figures(lab):
+    return {}

@@ -1,0 +1,5 @@
+"""stub"""
+
+
+def everything(lab):
+    return ""

@@ -1,0 +1,406 @@
+"""Networks that are trained, measured after each epoch, and evaluated at the end: what reproductions share.
+
+An example makes a subclass of :class:`Lab`: which rows there are, and of each what the network is, what it trains on,
+how, and what is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from bnsurgery import EpochRecord
+from examples.common.data import Images
+from examples.common.files import (
+    Pending,
+    Problem,
+    kept,
+    load_weights,
+    read_json,
+    require_same,
+    serialized,
+    write,
+    write_json,
+)
+from examples.common.work import Work, tune
+
+
+Test: TypeAlias = Callable[[], dict[str, Any]]
+"""Measures something, and returns plain values."""
+
+
+class Diverged(Problem):
+    """The outputs of a network are not finite."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done: all of it, or just enough to see that everything runs.
+
+    Attributes:
+        batch_size: in training.
+        most_epochs: no row trains longer.
+        training: how many training images are used, the first.
+        measured: first test images that are measured on after each epoch.
+        tested: first test images that the finished network is measured on.
+        attacked: of these, the first that AutoAttack is run on.
+        held_out: training images, the last, that settings are compared on.
+        compared_training: training images, the first, that settings are compared with.
+        compared_epochs: how long.
+    """
+
+    batch_size: int = 128
+    most_epochs: int | None = None
+    training: int = 50_000
+    measured: int = 1000
+    tested: int = 10_000
+    attacked: int = 500
+    held_out: int = 5000
+    compared_training: int = 15_000
+    compared_epochs: int = 3
+
+    def epochs(self, epochs: int) -> int:
+        """How many of so many epochs are made at this scale."""
+        return min(epochs, self.most_epochs or epochs)
+
+
+FULL = Scale()
+QUICK = Scale(
+    batch_size=32,
+    most_epochs=2,
+    training=128,
+    measured=32,
+    tested=64,
+    attacked=8,
+    held_out=64,
+    compared_training=96,
+    compared_epochs=1,
+)
+
+
+@dataclass
+class Lab(Work, ABC):
+    """The rows of a paper, and what is done for each.
+
+    Attributes:
+        rows: by the name that the command line takes, each after what it needs. A row has a ``name``, ``epochs``, and
+            ``needs``: the rows whose results it is made of.
+        choices: by row, settings that are compared.
+    """
+
+    rows: ClassVar[Mapping[str, Any]]
+    choices: ClassVar[Mapping[str, tuple[Mapping[str, Any], ...]]] = {}
+
+    @abstractmethod
+    def initial(self, row: Any) -> nn.Module:
+        """The network that training starts from."""
+
+    @abstractmethod
+    def architecture(self, row: Any) -> nn.Module:
+        """A network of a row's kind, to load weights into."""
+
+    @abstractmethod
+    def batches(self, row: Any, images: Images) -> Iterable[tuple[Tensor, Tensor]]:
+        """What it trains on."""
+
+    @abstractmethod
+    def options(self, row: Any) -> dict[str, Any]:
+        """How, in the words of :func:`bnsurgery.adv_finetune`."""
+
+    @abstractmethod
+    def measures(self, row: Any, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+        """What is measured after each epoch, as plain values."""
+
+    @abstractmethod
+    def tests(self, row: Any, model: nn.Module, x: Tensor, y: Tensor) -> Mapping[str, Test]:
+        """What the finished network is measured by, each under a name; what is done of it is not done again."""
+
+    def make(self, key: str) -> bool:
+        """Trains a row, or goes on with it; whether it is finished."""
+        return train(self, key)
+
+    def test(self, key: str) -> bool:
+        """Evaluates a row, or goes on with it; whether it is finished."""
+        return evaluate(self, key)
+
+    def settings(self, row: Any) -> dict[str, Any]:
+        """What decides about the result of training a row, as plain values."""
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(row).items()}
+        plain |= {"epochs": self.scale.epochs(row.epochs), "width": self.folder.width}
+        return {name: value for name, value in plain.items() if name not in ("name", "paper")} | {
+            "batch_size": self.scale.batch_size,
+            "training_images": self.scale.training,
+            "measured": self.scale.measured,
+        }
+
+    def test_settings(self, row: Any) -> dict[str, Any]:
+        """What decides about the result of evaluating a row likewise."""
+        return self.settings(row) | {"tested": self.scale.tested, "attacked": self.scale.attacked}
+
+    def choice_settings(self, row: Any) -> dict[str, Any]:
+        """What decides about how settings compare likewise."""
+        more = {"training_images": self.scale.compared_training, "held_out": self.scale.held_out}
+        return self.settings(row) | more
+
+    def needed(self, keys: Iterable[str]) -> list[str]:
+        """These rows and those that they need, each once, in an order in which those come first."""
+        wanted = set(keys)
+        for key in reversed(list(self.rows)):
+            if key in wanted:
+                wanted |= set(self.rows[key].needs)
+        return [key for key in self.rows if key in wanted]
+
+    def training(self, key: str) -> dict[str, Any] | None:
+        """The record of a row's training; None where there is none yet.
+
+        Raises:
+            Problem: it is damaged, of another configuration, or made of other results than are here now.
+        """
+        path = self.folder.record(key, "train")
+        record = kept(path, look_at_training, self.settings(self.rows[key]))
+        if record is not None:
+            self.require_needs(path, record, key)
+        return record
+
+    def evaluation(self, key: str) -> dict[str, Any] | None:
+        """The record of a row's evaluation likewise."""
+        path = self.folder.record(key, "evaluate")
+        record = kept(path, look_at_tests, self.test_settings(self.rows[key]))
+        if record is not None:
+            trained = self.training(key)
+            if trained is None or trained["sha256"] != record["sha256"]:
+                raise Problem(f"{path} is of another network than {self.folder.record(key, 'train')}: remove it")
+        return record
+
+    def require_needs(self, path: Path, record: Mapping[str, Any], key: str) -> None:
+        """Raises :class:`Problem` where a record was made of other results than are here now."""
+        for need, now in self.hashes(key).items():
+            if record["needs"].get(need) != now:
+                what = "which is not here" if now is None else "and not of the one that is here"
+                raise Problem(f"{path} was made of a result of {need}, {what}: remove it, and it is made again")
+
+    def hashes(self, key: str) -> dict[str, str | None]:
+        """The SHA-256 of each result that a row is made of; None where it is not here."""
+        found = {need: self.training(need) for need in self.rows[key].needs}
+        return {need: None if record is None else str(record["sha256"]) for need, record in found.items()}
+
+    def trained(self, key: str) -> dict[str, Any]:
+        """The record of a row's training; :class:`Pending` where there is none."""
+        record = self.training(key)
+        if record is None:
+            raise Pending(f"{key} is not trained yet in {self.folder.path}")
+        return record
+
+    def tested(self, key: str) -> dict[str, Any]:
+        """The record of a row's evaluation; :class:`Pending` where there is none."""
+        record = self.evaluation(key)
+        if record is None:
+            raise Pending(f"{key} is not evaluated yet in {self.folder.path}")
+        return record
+
+    def network(self, key: str, epoch: int | None = None) -> nn.Module:
+        """The network of a row that is trained, at the end or after so many epochs.
+
+        Raises:
+            Problem: its weights are missing, damaged, or of another network.
+        """
+        record = self.trained(key)
+        model = self.architecture(self.rows[key])
+        path, sha256 = self.folder.weights(key), record["sha256"]
+        if epoch is not None:
+            path, sha256 = self.folder.interim(f"{key}.epoch{epoch}.safetensors"), record["snapshots"][str(epoch)]
+        load_weights(model, path, sha256, self.folder.record(key, "train"))
+        return model.to(self.device).to(memory_format=torch.channels_last)
+
+
+def train(lab: Lab, key: str) -> bool:
+    """Trains a row, or goes on with it; whether it is finished.
+
+    Raises:
+        Problem: what it needs is not there yet, a file is damaged or of another configuration, a disk is full, or
+            another process works on it.
+    """
+    if lab.training(key) is not None:
+        return True
+    if not lab.fits(None):
+        return False
+    lab.worked = True
+    images = lab.images.first(lab.scale.training)
+    with lab.folder.locked(key):
+        # Another process may have finished it while the images were read.
+        return lab.training(key) is not None or _train(lab, key, images)
+
+
+def _train(lab: Lab, key: str, images: Images) -> bool:
+    row, folder = lab.rows[key], lab.folder
+    needs = lab.hashes(key)
+    for need in (need for need, sha256 in needs.items() if sha256 is None):
+        raise Pending(f"{need} is not trained yet in {folder.path}, and {key} needs it")
+    checkpoint, log = folder.interim(f"{key}.checkpoint"), folder.interim(f"{key}.calls.json")
+    curve, epochs = folder.interim(f"{key}.measures.json"), lab.scale.epochs(row.epochs)
+    goes_on = checkpoint.exists()
+    measured = read_json(curve, look_at_measures)["measures"] if goes_on else []
+    x, y = lab.images.tests(lab.scale.measured)
+    model = lab.initial(row)
+    batches = lab.batches(row, images)
+    calls = lab.note_call(log, goes_on=goes_on)
+
+    def measure(epoch: int, model: nn.Module) -> None:
+        with float32():
+            found = {"epoch": epoch} | finite(lab.measures(row, model, x, y))
+        measured[:] = [*(before for before in measured if before["epoch"] < epoch), found]
+        write_json(curve, {"measures": measured})
+        if epoch in snapshots(row, epochs):
+            data, _ = serialized(model)
+            write(folder.interim(f"{key}.epoch{epoch}.safetensors"), lambda partial: partial.write_bytes(data))
+
+    def after(record: EpochRecord, model: nn.Module) -> None:
+        measure(record.epoch + 1, model)
+
+    if not goes_on:
+        measure(0, model)
+    run = tune(lab, row.name, model, batches, checkpoint, epochs=epochs, callbacks=[after], **lab.options(row))
+    if run.ended != "epochs":
+        return False
+    data, sha256 = serialized(model)
+    write(folder.weights(key), lambda partial: partial.write_bytes(data))
+    write_json(
+        folder.record(key, "train"),
+        {
+            "row": row.name,
+            "configuration": lab.settings(row),
+            "needs": needs,
+            "sha256": sha256,
+            "snapshots": {
+                str(epoch): _hash(folder.interim(f"{key}.epoch{epoch}.safetensors")) for epoch in snapshots(row, epochs)
+            },
+            "seconds": round(sum(record.seconds for record in run.history), 1),
+            "history": run.record()["history"],
+            "measures": measured,
+            "calls": calls,
+            **calls[-1],
+        },
+    )
+    for path in (checkpoint, log, curve):
+        path.unlink(missing_ok=True)  # where the record is removed, the row is to be trained anew
+    return True
+
+
+def snapshots(row: Any, epochs: int) -> tuple[int, ...]:
+    """The epochs after which a row's network is kept."""
+    return tuple(dict.fromkeys(min(epoch, epochs) for epoch in getattr(row, "snapshots", ())))
+
+
+def evaluate(lab: Lab, key: str) -> bool:
+    """Evaluates a row that is trained, or goes on with it; whether it is finished.
+
+    Raises:
+        Diverged: its outputs are not finite.
+        Problem: as :func:`train`.
+    """
+    if lab.evaluation(key) is not None:
+        return True
+    lab.trained(key)
+    if not lab.fits(None):
+        return False
+    x, y = lab.images.tests(lab.scale.tested)
+    with lab.folder.locked(key), float32():
+        return lab.evaluation(key) is not None or _evaluate(lab, key, x, y)
+
+
+def _evaluate(lab: Lab, key: str, x: Tensor, y: Tensor) -> bool:
+    row, path = lab.rows[key], lab.folder.interim(f"{key}.tests.json")
+    sha256, configuration = lab.trained(key)["sha256"], lab.test_settings(row)
+    done: dict[str, Any] = {"configuration": configuration, "sha256": sha256, "calls": [], "seconds": 0.0, "tests": {}}
+    if path.exists():
+        done = read_json(path, look_at_tests)
+        require_same(path, done["configuration"] | {"sha256": done["sha256"]}, configuration | {"sha256": sha256})
+    done["calls"] = lab.note_call(lab.folder.interim(f"{key}.tests.calls.json"), goes_on=path.exists())
+    model = lab.network(key)
+    tests = lab.tests(row, model, x, y)
+    for name in (name for name in tests if name not in done["tests"]):
+        if not lab.fits(None):
+            return False
+        lab.worked = True
+        began = time.perf_counter()
+        done["tests"][name] = finite(tests[name]())
+        done["seconds"] = round(done["seconds"] + time.perf_counter() - began, 1)
+        write_json(path, done)
+    write_json(lab.folder.record(key, "evaluate"), {"row": row.name, **done, **done["calls"][-1]})
+    for left in (path, lab.folder.interim(f"{key}.tests.calls.json")):
+        left.unlink(missing_ok=True)
+    return True
+
+
+@contextmanager
+def float32() -> Iterator[None]:
+    """Keeps convolutions on a GPU from rounding their inputs to TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Plain values with None for what is not finite, which JSON has no word for."""
+    return {
+        name: finite(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for name, value in values.items()
+    }
+
+
+def held(right: Tensor) -> dict[str, Any]:
+    """What is kept of whether each example is right (N,): the error in percent, its standard error, flags."""
+    share = float((~right).double().mean())
+    return {
+        "error": 100 * share,
+        "standard_error": 100 * (share * (1 - share) / len(right)) ** 0.5,
+        "examples": len(right),
+        "held": "".join(str(int(flag)) for flag in right),
+    }
+
+
+def look_at_training(record: dict[str, Any]) -> None:
+    """Goes over what a record of training is to hold."""
+    _ = record["sha256"], dict(record["needs"]), dict(record["snapshots"]), record["configuration"]["width"]
+    _ = [float(epoch["seconds"]) for epoch in record["history"]], float(record["seconds"])
+    look_at_measures(record)
+
+
+def look_at_measures(record: dict[str, Any]) -> None:
+    """Goes over what is kept of each epoch."""
+    _ = [int(found["epoch"]) for found in record["measures"]]
+
+
+def look_at_tests(record: dict[str, Any]) -> None:
+    """Goes over what a record of an evaluation is to hold."""
+    _ = record["sha256"], record["configuration"]["width"], float(record["seconds"]), list(record["calls"])
+    for found in record["tests"].values():
+        if "held" in found and (len(found["held"]) != found["examples"] or set(found["held"]) - {"0", "1"}):
+            raise ValueError("held does not say of each example whether it is right")
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def require_finite(key: str, logits: Tensor) -> None:
+    """Raises :class:`Diverged` where outputs of a row are not finite."""
+    if not bool(logits.isfinite().all()):
+        raise Diverged(f"{key} has diverged, its outputs are not finite: change its settings in rows.py, and remove it")
