@@ -285,10 +285,11 @@ class Run:
         """The moments of each layer; of layers that hold the same statistics those of all of them."""
         joined = dict(total)
         for group in self._sharing():
-            reached = [name for name in group if name in total]
-            for other in reached[1:]:
-                merge(joined, reached[0], total[other])
-            joined.update(dict.fromkeys(reached[1:], joined[reached[0]]))
+            first, *others = [name for name in group if name in total] or [""]
+            for other in others:
+                merge(joined, first, total[other])
+            for other in others:
+                joined[other] = joined[first]
         return joined
 
     def _fitted(self, name: str, value: Tensor) -> Tensor:

@@ -155,11 +155,11 @@ class SplitBatchNorm(nn.Module):
                 "entries: give it one entry for each example, or the name of a branch"
             )
         if routing.order is not None:
-            input = input.index_select(0, routing.order.to(input.device))  # noqa: A001
+            input = _picked(input, routing.order)  # noqa: A001
         parts = torch.split(input, [size for _, size in routing.runs])
         made = [self.branch(name)(part) for (name, _), part in zip(routing.runs, parts, strict=True)]
         joined = torch.cat(made) if len(made) != 1 else made[0]
-        return joined if routing.back is None else joined.index_select(0, routing.back.to(joined.device))
+        return joined if routing.back is None else _picked(joined, routing.back)
 
     def branch(self, name: str) -> nn.Module:
         """The BN layer of this name."""
@@ -194,6 +194,14 @@ class SplitBatchNorm(nn.Module):
         replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.router = Router(self.router.branches, self.router.selected())  # it runs in a thread of its own
         return replica  # type: ignore[no-any-return]
+
+
+def _picked(x: Tensor, rows: Tensor) -> Tensor:
+    """Examples of x (N, C, ...) in another order, in the same memory format."""
+    rows, moved = rows.to(x.device), x.movedim(1, -1)
+    if moved.is_contiguous() and not x.is_contiguous():
+        return moved.index_select(0, rows).movedim(-1, 1)
+    return x.index_select(0, rows)
 
 
 def _tie(layer: SplitBatchNorm, _incompatible: object) -> None:

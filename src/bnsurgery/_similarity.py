@@ -133,9 +133,7 @@ def input_gradient_similarity(
     with attacking(root), torch.autocast(device.type, enabled=False), kept, global_state(device, seed):
         copies = None if switches is None else Replicas(root, switches, dtype=None, compile=False)
         for part, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
-            noise = sigma * torch.randn(
-                part.shape, generator=generator, dtype=torch.promote_types(x.dtype, torch.float32)
-            )
+            noise = sigma * torch.randn(part.shape, generator=generator)
             clean, labels = part.to(device), labels.to(device)
             replica = None if copies is None else copies.fresh(clean)
             net = root if replica is None else replica.net

@@ -1,0 +1,258 @@
+"""BN replaced by what does not look at the batch: against torch's functions, and what is carried over."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torchvision.ops import FrozenBatchNorm2d
+
+import reference
+from bnsurgery import BNSurgeryError, NoBatchNormError, adv_finetune, bn_layers, evaluate, replace_bn
+from networks import LIGHT, RESNET20, SHARED, SMALL, TIMM, Case, shake
+
+KINDS = ["group", "layer", "instance", "none"]
+
+
+def by_hand(x: Tensor, kind: str, layer: nn.Module, groups: int) -> Any:
+    """What takes a layer's place, in NumPy: x (N, C, ...) normalised, times gamma, plus beta."""
+    if kind == "none":
+        return reference.array(x)
+    count = {"group": groups, "layer": 1, "instance": x.shape[1]}[kind]
+    grouped = reference.array(x).reshape(len(x), count, -1)
+    centred = grouped - grouped.mean(-1, keepdims=True)
+    normal = (centred / np.sqrt(grouped.var(-1, keepdims=True) + layer.eps)).reshape(x.shape)
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    gamma, beta = (1.0, 0.0) if layer.weight is None else (layer.weight, layer.bias)
+    if layer.weight is None:
+        return normal
+    return normal * reference.array(gamma).reshape(shape) + reference.array(beta).reshape(shape)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("bn", "shape"),
+    [
+        (nn.BatchNorm1d, (4, 6, 5)),
+        (nn.BatchNorm2d, (4, 6, 5, 3)),
+        (nn.BatchNorm3d, (4, 6, 2, 5, 3)),
+        (nn.SyncBatchNorm, (4, 6, 5, 3)),
+        (nn.SyncBatchNorm, (4, 6, 5)),
+    ],
+)
+def test_what_takes_its_place_normalises_as_it_says(bn: Any, shape: Any, kind: Any, affine: bool) -> None:
+    layer = shake(bn(6, eps=1e-3, affine=affine)).double()
+    new, report = replace_bn(layer, kind, groups=3)
+    x = torch.randn(shape, dtype=torch.float64)
+    assert np.allclose(reference.array(new(x)), by_hand(x, kind, layer, 3), atol=1e-12)
+    assert report.carried == (("",) if affine and kind != "none" else ())
+    assert report.dropped == (("",) if affine and kind == "none" else ())
+    assert len(list(new.parameters())) == (2 if affine and kind != "none" else 0)
+    assert all(parameter.dtype == torch.float64 for parameter in new.parameters())
+
+
+def test_the_classes_are_torchs() -> None:
+    types = {kind: type(replace_bn(nn.BatchNorm2d(32), kind).model) for kind in KINDS}
+    assert types == {"group": nn.GroupNorm, "layer": nn.GroupNorm, "instance": nn.InstanceNorm2d, "none": nn.Identity}
+    assert type(replace_bn(nn.BatchNorm3d(32), "instance").model) is nn.InstanceNorm3d
+    assert replace_bn(nn.BatchNorm2d(64), "group").model.num_groups == 32
+
+
+@pytest.mark.parametrize("bn", [nn.BatchNorm1d, nn.SyncBatchNorm])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 5, 3), (5, 4)])
+def test_instances_without_positions_are_refused_and_not_taken_for_something_else(bn: Any, shape: Any) -> None:
+    new, _ = replace_bn(bn(4), "instance")
+    with pytest.raises(
+        ValueError, match=r"InstanceNorm takes \(N, 4, \.\.\.\) with at least one dimension of positions"
+    ):
+        new(torch.rand(shape))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", [case for case in LIGHT if "1d" not in case.name and case is not SMALL], ids=repr)
+def test_whole_networks_run_and_train_and_the_original_is_as_before(case: Case, kind: Any) -> None:
+    model = case.build().train()
+    if kind == "instance":
+        model = (
+            nn.Sequential(*[m for m in model if not isinstance(m, nn.BatchNorm1d)])
+            if isinstance(model, nn.Sequential)
+            else model
+        )
+    before = copy.deepcopy(model)
+    new, report = replace_bn(model, kind, groups=2)
+    assert not [module for module in new.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert list(report.layers) == list(bn_layers(model))
+    assert report.kept == ()
+    data = [(case.example(8), case.labels(8))]
+    run = adv_finetune(new, data, epochs=1, train="all", lr=0.001, attack=None, progress=False)
+    assert run.skipped == 0
+    assert evaluate(new, data, attacks=["pgd-2"], progress=False).robust_error >= 0
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values(), strict=True)
+    )
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert new.training
+
+
+def test_gamma_and_beta_are_copies_that_train_where_those_did() -> None:
+    model = SMALL.build()
+    model[1].weight.requires_grad_(False)
+    new, report = replace_bn(model, "group", groups=4)
+    assert report.carried == ("1", "4", "8")
+    assert torch.equal(new[1].weight, model[1].weight)
+    assert new[1].weight is not model[1].weight
+    assert (new[1].weight.requires_grad, new[1].bias.requires_grad) == (False, True)
+    assert new[4].eps == model[4].eps
+
+
+def test_a_layer_with_a_gamma_alone_stays_so() -> None:
+    layer = nn.BatchNorm2d(4)
+    layer.bias = None
+    new, report = replace_bn(layer, "layer")
+    assert new.bias is None
+    assert report.carried == ("",)
+    new(torch.rand(2, 4, 3, 3))
+
+
+def test_a_parametrized_gamma_is_read() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model = SMALL.build()
+    parametrize.register_parametrization(model[1], "weight", Twice())
+    new, _ = replace_bn(model, "group", groups=2)
+    assert torch.equal(new[1].weight, model[1].weight)
+    assert new[1].weight.requires_grad
+
+
+def test_a_layer_in_several_places_is_replaced_by_one() -> None:
+    model = SHARED.build()
+    model.listed = [model.bn]
+    new, report = replace_bn(model, "group", groups=4)
+    assert list(report.layers) == ["bn0", "bn3", "bn"]
+    assert type(new.bn) is nn.GroupNorm
+    assert new.listed[0] is new.bn
+    assert type(model.listed[0]) is nn.BatchNorm2d
+
+
+def test_an_activation_stays() -> None:
+    layer = shake(BatchNormAct2d(6))
+    new, _ = replace_bn(nn.Sequential(layer), "group", groups=3)
+    x = torch.randn(4, 6, 5, 5)
+    expected = F.relu(F.group_norm(x, 3, layer.weight, layer.bias, layer.eps))
+    assert torch.equal(new(x), expected)
+    assert [name for name, _ in new[0].named_children()] == ["norm", "drop", "act"]
+    made, _ = replace_bn(layer, lambda bn: nn.GroupNorm(2, bn.num_features))
+    assert float(made(x).detach().min()) == 0
+    whole, report = replace_bn(TIMM.build(), "layer")
+    assert len(report.carried) == 34
+    assert torch.isfinite(whole.eval()(TIMM.example())).all()
+
+
+def test_a_function_says_what_takes_its_place() -> None:
+    model, seen = SMALL.build(), []
+
+    def make(layer: nn.Module) -> nn.Module:
+        seen.append((type(layer).__name__, layer.num_features))
+        return nn.GroupNorm(2, layer.num_features) if layer.num_features < 16 else nn.LayerNorm(layer.num_features)
+
+    new, report = replace_bn(model, make)
+    assert seen == [("BatchNorm2d", 8), ("BatchNorm2d", 12), ("BatchNorm1d", 16)]
+    assert report.carried == ("1", "4")
+    assert report.dropped == ("8",)
+    assert torch.equal(new[1].weight, model[1].weight)
+    assert report.layers["8"].startswith("LayerNorm((16,)")
+    _, report = replace_bn(model, lambda bn: nn.GroupNorm(2, bn.num_features, affine=False))
+    assert report.dropped == ("1", "4", "8")
+    kept, report = replace_bn(model, lambda bn: bn)
+    assert list(kept.state_dict()) == list(model.state_dict())
+
+
+def test_some_layers_can_be_left_and_are_reported() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), FrozenBatchNorm2d(4))
+    new, report = replace_bn(model, "none", layers="1")
+    assert [type(module).__name__ for module in new] == ["BatchNorm2d", "Identity", "FrozenBatchNorm2d"]
+    assert report.layers == {"1": "Identity()"}
+    assert report.kept == ("0", "2")
+
+
+def test_modes_stay() -> None:
+    model = SMALL.build().train()
+    model[1].eval()
+    new, _ = replace_bn(model, "instance", layers=["1", "4"])
+    assert (new[1].training, new[4].training) == (False, True)
+
+
+class Odd(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def hooked() -> nn.Module:
+    layer = nn.BatchNorm2d(4)
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "error", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "group", NoBatchNormError, "Linear has no batch-normalization layer"),
+        (RESNET20.build, "batch", ValueError, "kind must be one of 'group', 'layer', 'instance', 'none' or a function"),
+        (
+            RESNET20.build,
+            "group",
+            ValueError,
+            r"groups=32 does not divide the 4 channels of 'norm1' .*: take one of 1, 2, 4",
+        ),
+        (
+            lambda: nn.Sequential(Odd(4)),
+            "layer",
+            BNSurgeryError,
+            r"'0' \(Odd\) has a forward of its own, .*: pass a func",
+        ),
+        (
+            lambda: nn.Sequential(hooked()),
+            "none",
+            BNSurgeryError,
+            r"'0' \(BatchNorm2d\) has hooks, which would be lost",
+        ),
+        (lambda: nn.Sequential(nn.LazyBatchNorm2d()), "none", BNSurgeryError, "is lazy"),
+        (RESNET20.build, lambda _layer: None, TypeError, "kind must return a module, got a NoneType for 'norm1'"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name_and_the_model_is_as_before(
+    make: Callable[[], nn.Module], kind: Any, error: type[Exception], message: str
+) -> None:
+    model = make()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(error, match=message):
+        replace_bn(model, kind)
+    assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("groups", [0, -1, 3])
+def test_groups_that_do_not_divide_are_refused(groups: int) -> None:
+    with pytest.raises(ValueError, match=f"groups={groups} does not divide the 8 channels of '1'"):
+        replace_bn(SMALL.build(), "group", groups=groups)
+
+
+def test_a_forward_of_its_own_may_be_replaced_by_a_function() -> None:
+    new, report = replace_bn(nn.Sequential(Odd(4)), lambda layer: nn.GroupNorm(2, layer.num_features))
+    assert type(new[0]) is nn.GroupNorm
+    assert report.carried == ("0",)
+
+
+def test_a_pattern_that_matches_nothing_is_said() -> None:
+    with pytest.raises(ValueError, match="layers='2' matches nothing"):
+        replace_bn(SMALL.build(), "none", layers="2")
