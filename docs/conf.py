@@ -44,14 +44,15 @@ napoleon_numpy_docstring = False
 doctest_global_setup = """
 import torch
 from bnsurgery import *
-from bnsurgery.plots import plot_errors, plot_histograms, plot_normalized_weights
+import bnsurgery.plots
+globals().update({name: plot for name, plot in vars(bnsurgery.plots).items() if name.startswith("plot_")})
 
 torch.set_num_threads(1)
 """
 
 # No inventories are fetched, so names of other projects cannot be looked up. Names of our own still must be found.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|matplotlib|os|pathlib|typing)\..+|Axes|Tensor"),
+    ("py:.*", r"(torch|collections|matplotlib|os|pathlib|typing)\..+|Axes|Tensor|nn\.Module"),
     ("py:.*", r"(bool|dict|float|int|list|object|str|tuple|Any|None|Ellipsis)"),
     ("py:exc", r"(FileNotFoundError|ImportError|OSError|TypeError|ValueError|Exception|UserWarning)"),
     ("py:class", r"(Exception|ImportError|TypeError|UserWarning|ValueError|NamedTuple|Protocol)"),

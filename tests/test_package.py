@@ -58,6 +58,9 @@ ORDER = [
     "_packing",
     "_evaluating",
     "evaluation",
+    "_similarity",
+    "_transfer",
+    "_features",
     "analysis",
     "plots",
 ]

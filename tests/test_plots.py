@@ -8,9 +8,18 @@ import pytest
 import torch
 
 from bnsurgery import MissingExtraError, fold_bn
-from bnsurgery.analysis import histogram
+from bnsurgery.analysis import FeatureSet, GradientSimilarity, TransferMatrix, WeightShift, histogram
 from bnsurgery.folding import Affine
-from bnsurgery.plots import plot_errors, plot_histograms, plot_normalized_weights
+from bnsurgery.plots import (
+    plot_curves,
+    plot_errors,
+    plot_feature_set,
+    plot_histograms,
+    plot_normalized_weights,
+    plot_similarities,
+    plot_transfer,
+    plot_weight_shift,
+)
 from networks import SMALL
 
 
@@ -90,3 +99,66 @@ def test_without_matplotlib_the_message_names_the_command(monkeypatch: pytest.Mo
     monkeypatch.setattr(builtins, "__import__", blocked)
     with pytest.raises(MissingExtraError, match=r"pip install 'bnsurgery\[plot\]'"):
         plot_errors([0], {"clean": [9.0]})
+
+
+def texts(ax: object) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_curves_are_drawn_over_the_epochs_and_told_apart() -> None:
+    ax = plot_curves([0, 1], {"BN": [0.9, 0.5], "no BN": [0.9, 0.8]}, ylabel="LIGS")
+    assert [list(line.get_ydata()) for line in ax.get_lines()] == [[0.9, 0.5], [0.9, 0.8]]
+    assert ax.get_lines()[0].get_linestyle() != ax.get_lines()[1].get_linestyle()
+    assert (texts(ax), ax.get_ylabel()) == (["BN", "no BN"], "LIGS")
+    with pytest.raises(ValueError, match=r"curves\['BN'\] must have 2 values, one for each epoch, got 3"):
+        plot_curves([0, 1], {"BN": [0.9, 0.5, 0.4]}, ylabel="LIGS")
+    with pytest.raises(ValueError, match="curves must hold at least one curve, got none"):
+        plot_curves([0, 1], {}, ylabel="LIGS")
+
+
+def test_similarities_are_histograms_with_their_mean_and_who_has_none() -> None:
+    cosines = torch.tensor([-0.9, 0.1, 0.3, 0.7], dtype=torch.float64)
+    ax = plot_similarities({"BN": GradientSimilarity(cosines, 6, 1, 1)}, bins=4)
+    assert texts(ax) == ["BN (LIGS 0.050, 2 left out)"]
+    assert list(ax.patches[0].get_data().values) == [25.0, 0.0, 50.0, 25.0]
+    assert list(ax.patches[0].get_data().edges) == [-1, -0.5, 0, 0.5, 1]
+    with pytest.raises(ValueError, match="histograms must hold at least one"):
+        plot_similarities({})
+
+
+def test_a_transfer_matrix_has_rows_for_those_attacked() -> None:
+    found = TransferMatrix(("a", "b"), 10, (0, 5), ((9, 7), (3, 10)), ((9, 4), (3, 5)))
+    ax = plot_transfer(found)
+    assert [text.get_text() for text in ax.texts] == ["90", "70", "30", "100"]
+    assert [text.get_position() for text in ax.texts] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b"]
+    assert "given the examples: error (%)" in ax.get_xlabel()
+    assert [text.get_text() for text in plot_transfer(found, of="rate").texts] == ["90", "80", "30", "100"]
+    with pytest.raises(ValueError, match="of must be 'error' or 'rate', got 'both'"):
+        plot_transfer(found, of="both")
+
+
+def test_a_feature_set_is_a_row_of_images_with_both_labels() -> None:
+    images = torch.rand(4, 3, 5, 6)
+    made = FeatureSet(images, torch.tensor([1, 2, 3, 3]), torch.tensor([0, 1, 3, 2]), "random", 4, 0, 1)
+    ax = plot_feature_set(made, count=3)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0 to 1", "1 to 2", "3"]
+    shown = torch.from_numpy(ax.images[0].get_array().data)
+    assert shown.shape == (5, 18, 3)
+    for place in range(3):
+        assert torch.allclose(shown[:, 6 * place : 6 * place + 6].permute(2, 0, 1), images[place])
+    named = plot_feature_set(made, classes=["cat", "dog", "emu", "fox"], count=1)
+    assert [tick.get_text() for tick in named.get_xticklabels()] == ["cat to dog"]
+    vectors = FeatureSet(torch.rand(4, 3), made.labels, made.sources, "random", 4, 0, 1)
+    with pytest.raises(ValueError, match=r"images \(N, C, H, W\) of 1 or 3 channels, got \(4, 3\)"):
+        plot_feature_set(vectors)
+
+
+def test_weight_shifts_are_drawn_layer_by_layer_with_their_average() -> None:
+    ax = plot_weight_shift(
+        {"down": WeightShift({"a": -0.3, "b": -0.1}, -0.2), "up": WeightShift({"a": 0.0, "b": 0.2}, 0.1)}
+    )
+    assert [list(line.get_ydata()) for line in ax.get_lines()[:2]] == [[-0.3, -0.1], [0.0, 0.2]]
+    assert texts(ax) == ["down (average -0.200)", "up (average +0.100)"]
+    with pytest.raises(ValueError, match="same number of layers each, and at least one shift, got {}"):
+        plot_weight_shift({})

@@ -44,7 +44,7 @@ class TransferMatrix:
 
     @property
     def rate(self) -> tuple[tuple[float, ...], ...]:
-        """The share broken, in percent of what model j gets right clean: the rest is left out. NaN of none."""
+        """The share broken, in percent of what model j gets right clean (the rest is left out); NaN of none."""
         right = [self.examples - wrong for wrong in self.clean_wrong]
         return tuple(
             tuple(100 * count / of if of else math.nan for count, of in zip(row, right, strict=True))

@@ -77,8 +77,8 @@ def replace_bn(
         layers: qualified names or globs of the layers to replace; all by default.
 
     Returns:
-        The copy, in the same modes, without gradients, and the report: ``model, report = replace_bn(...)``. What is
-        carried over keeps its dtype and device.
+        The copy, in the same modes, without gradients, and the report, as in ``model, report = replace_bn(...)``. What
+        is carried over keeps its dtype and device.
 
     Raises:
         NoBatchNormError: there is no BN layer.
