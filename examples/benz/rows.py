@@ -126,8 +126,9 @@ ROWS: Mapping[str, AnyRow] = {
     "conflicting-none": _on("no BN on conflicting", "none", "conflicting"),
     "transfer": TransferRow(
         "transfer",
-        tuple((key, epoch) for key in ("bn", "none") for epoch in (*EARLY, 0)),
-        needs=("bn", "none"),
+        # The last two are what the others' adversarial examples are given to that neither of them is.
+        (*((key, epoch) for key in ("bn", "none") for epoch in (*EARLY, 0)), ("gn", 0), ("in", 0)),
+        needs=("bn", "none", "gn", "in"),
     ),
 }
 """By the name that the command line takes, each after what it needs."""

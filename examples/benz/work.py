@@ -68,7 +68,7 @@ class Benz(Lab):
         return {
             "train": "all",
             "attack": attack,
-            "lr": row.lr,
+            "lr": row.lr * self.scale.rate,
             "weight_decay": row.weight_decay,
             "schedule": thirds,
             "engine": Engine(channels_last=not slow),
@@ -236,8 +236,7 @@ class Benz(Lab):
         for name, epoch in row.networks:
             of = self.rows[name]
             at = min(epoch, self.scale.epochs(of.epochs)) if epoch else None
-            title = f"{of.name}, epoch {epoch}" if epoch else f"{of.name}, end"
-            networks[title] = self.network(name, at)
+            networks[title_of(name, epoch)] = self.network(name, at)
         x, y = self.images.tests(self.settings(row)["images"])
         attack = PGD(row.eps, steps=10, step_size=row.eps / 4)
         found = transfer_matrix(networks, (x, y), attack=attack, seed=self.folder.seed)
@@ -256,6 +255,11 @@ class Benz(Lab):
             },
         )
         return True
+
+
+def title_of(key: str, epoch: int) -> str:
+    """How a matrix names a network."""
+    return f"{ROWS[key].name}, {f'epoch {epoch}' if epoch else 'end'}"
 
 
 def thirds(progress: float) -> float:

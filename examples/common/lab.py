@@ -57,6 +57,8 @@ class Scale:
         held_out: training images, the last, that settings are compared on.
         compared_training: training images, the first, that settings are compared with.
         compared_epochs: how long.
+        rate: factor on learning rates: a few steps leave running statistics far from those of the batches, and a deep
+            network that goes by them is not to diverge.
     """
 
     batch_size: int = 128
@@ -68,6 +70,7 @@ class Scale:
     held_out: int = 5000
     compared_training: int = 15_000
     compared_epochs: int = 3
+    rate: float = 1.0
 
     def epochs(self, epochs: int) -> int:
         """How many of so many epochs are made at this scale."""
@@ -85,6 +88,7 @@ QUICK = Scale(
     held_out=64,
     compared_training=96,
     compared_epochs=1,
+    rate=0.02,
 )
 
 
@@ -137,6 +141,8 @@ class Lab(Work, ABC):
         """What decides about the result of training a row, as plain values."""
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(row).items()}
         plain |= {"epochs": self.scale.epochs(row.epochs), "width": self.folder.width}
+        if self.scale.rate != 1:
+            plain["rate"] = self.scale.rate
         return {name: value for name, value in plain.items() if name not in ("name", "paper")} | {
             "batch_size": self.scale.batch_size,
             "training_images": self.scale.training,

@@ -46,7 +46,7 @@ class Xie(Lab):
             "attack": PGD(EPS, row.steps, 2.5 * EPS / row.steps),
             "clean_fraction": 0.0 if row.images == "adversarial" else 0.5,
             "consistent_bn_after": None if row.consistent is None else self.consistent_after(row),
-            "lr": row.lr,
+            "lr": row.lr * self.scale.rate,
             "weight_decay": row.weight_decay,
             "schedule": parts,
         }
