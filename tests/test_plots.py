@@ -160,5 +160,5 @@ def test_weight_shifts_are_drawn_layer_by_layer_with_their_average() -> None:
     )
     assert [list(line.get_ydata()) for line in ax.get_lines()[:2]] == [[-0.3, -0.1], [0.0, 0.2]]
     assert texts(ax) == ["down (average -0.200)", "up (average +0.100)"]
-    with pytest.raises(ValueError, match="same number of layers each, and at least one shift, got {}"):
+    with pytest.raises(ValueError, match=r"same number of layers each, and at least one shift, got \{\}"):
         plot_weight_shift({})

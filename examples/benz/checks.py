@@ -113,6 +113,8 @@ def _transfers(finding: str, lab: Benz, key: tuple[str, int], than: tuple[str, i
     found = lab.matrix()
     column = found.models.index(title_of(target, 0))
     right = found.examples - found.clean_wrong[column]
+    if not right:
+        raise Pending(f"{ROWS[target].name} gets nothing right that could be broken")
     rates = []
     for source in (key, than):
         broken = found.broken[found.models.index(title_of(*source))][column]

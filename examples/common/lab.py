@@ -57,8 +57,9 @@ class Scale:
         held_out: training images, the last, that settings are compared on.
         compared_training: training images, the first, that settings are compared with.
         compared_epochs: how long.
-        rate: factor on learning rates: a few steps leave running statistics far from those of the batches, and a deep
-            network that goes by them is not to diverge.
+        rate: factor on learning rates, and
+        deepest: no network is deeper: a few steps leave running statistics far from those of the batches, and a network
+            that goes by them is not to diverge.
     """
 
     batch_size: int = 128
@@ -71,6 +72,7 @@ class Scale:
     compared_training: int = 15_000
     compared_epochs: int = 3
     rate: float = 1.0
+    deepest: int | None = None
 
     def epochs(self, epochs: int) -> int:
         """How many of so many epochs are made at this scale."""
@@ -89,6 +91,7 @@ QUICK = Scale(
     compared_training=96,
     compared_epochs=1,
     rate=0.02,
+    deepest=26,
 )
 
 

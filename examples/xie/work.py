@@ -28,7 +28,7 @@ class Xie(Lab):
     choices = CHOICES
 
     def architecture(self, row: Row) -> nn.Module:
-        model: nn.Module = ResNet(row.depth, self.folder.width)
+        model: nn.Module = ResNet(self.depth(row), self.folder.width)
         return split_bn(model, row.branches) if row.branches else model
 
     def initial(self, row: Row) -> nn.Module:
@@ -50,6 +50,10 @@ class Xie(Lab):
             "weight_decay": row.weight_decay,
             "schedule": parts,
         }
+
+    def depth(self, row: Row) -> int:
+        """How deep a network is at this scale."""
+        return min(row.depth, self.scale.deepest or row.depth)
 
     def consistent_after(self, row: Row) -> int:
         """After how many epochs BN is consistent: the same part of fewer."""
@@ -88,7 +92,7 @@ class Xie(Lab):
 
     def settings(self, row: Row) -> dict[str, Any]:
         after = None if row.consistent is None else self.consistent_after(row)
-        return super().settings(replace(row, consistent=after))
+        return super().settings(replace(row, consistent=after, depth=self.depth(row)))
 
 
 class Doubled:
