@@ -17,12 +17,14 @@ import pytest
 import torch
 from examples.benz import checks as benz_checks
 from examples.benz import rows as benz_rows
+from examples.benz import sets as benz_sets
 from examples.benz import work as benz_work
 from examples.benz.__main__ import PAPER as BENZ
 from examples.benz.work import Benz
-from examples.common import checks, commands, data, files, lab, work
+from examples.common import checks, commands, data, files, records, scales, work
 from examples.common.files import Folder, Problem
-from examples.common.lab import QUICK, Lab, Scale
+from examples.common.lab import Lab
+from examples.common.scales import FULL, QUICK, Scale
 from examples.xie import rows as xie_rows
 from examples.xie.__main__ import PAPER as XIE
 from examples.xie.work import Doubled, Xie
@@ -122,7 +124,7 @@ def test_networks_of_benz_are_normalised_as_they_say_and_alike_otherwise(
 def test_networks_of_xie_have_their_depth_and_their_branches(key: str, images: data.Images, tmp_path: Path) -> None:
     now, row = opened(images, tmp_path, "xie"), xie_rows.ROWS[key]
     options = now.options(row)
-    now.scale = lab.FULL
+    now.scale = FULL
     model = now.initial(row)
     names = list(bn_layers(model))
     count = row.depth + 1
@@ -134,7 +136,7 @@ def test_networks_of_xie_have_their_depth_and_their_branches(key: str, images: d
 
 
 def test_the_consistent_epochs_are_the_last_fifth(images: data.Images, tmp_path: Path) -> None:
-    now = opened(images, tmp_path, "xie", scale=lab.FULL)
+    now = opened(images, tmp_path, "xie", scale=FULL)
     row = xie_rows.ROWS["adv-20-consistent"]
     assert now.options(row)["consistent_bn_after"] == row.consistent == 12
     assert row.epochs == 15
@@ -279,7 +281,7 @@ def a_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_set_in_parts_is_the_same_set(
     finished: dict[str, Lab], images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benz_work, "CHUNK", 12)
+    monkeypatch.setattr(benz_sets, "CHUNK", 12)
     now = copied(finished, images, tmp_path, "benz")
     whole = {key: now.images_of(key) for key in ("robust",)}
     now.folder.record("robust", "set").unlink()
@@ -349,7 +351,7 @@ def test_what_is_finished_is_not_made_again(
     program: str, finished: dict[str, Lab], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(work, "adv_finetune", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr(benz_work, "feature_dataset", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr(benz_sets, "feature_dataset", lambda *_, **__: pytest.fail("made again"))
     monkeypatch.setattr(benz_work, "transfer_matrix", lambda *_, **__: pytest.fail("attacked again"))
     now = finished[program]
     assert all(now.make(key) and now.test(key) for key in now.rows)
@@ -380,7 +382,7 @@ def test_an_interrupted_epoch_leaves_no_measure_behind(
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lab, "QUICK", TINY)
+    monkeypatch.setattr(scales, "QUICK", TINY)
     return tmp_path
 
 
@@ -737,9 +739,9 @@ def test_pairs_and_shares_have_their_standard_errors() -> None:
 
 
 def test_quick_is_small_and_full_is_all() -> None:
-    assert lab.FULL.epochs(24) == 24
+    assert FULL.epochs(24) == 24
     assert QUICK.epochs(24) == 2
-    assert (lab.FULL.training, lab.FULL.tested) == (50_000, 10_000)
+    assert (FULL.training, FULL.tested) == (50_000, 10_000)
 
 
 @pytest.fixture(autouse=True)
@@ -749,7 +751,7 @@ def nothing_is_left_in_pieces(tmp_path: Path) -> Iterator[None]:
 
 
 def test_what_is_not_finite_has_no_number_in_json() -> None:
-    found = lab.finite({"a": math.nan, "b": {"c": math.inf, "d": 1.0}, "e": "f"})
+    found = records.finite({"a": math.nan, "b": {"c": math.inf, "d": 1.0}, "e": "f"})
     assert found == {"a": None, "b": {"c": None, "d": 1.0}, "e": "f"}
 
 

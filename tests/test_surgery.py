@@ -749,6 +749,12 @@ def test_what_cannot_be_split_is_said() -> None:
     with pytest.raises(BNSurgeryError, match=r"'0' \(LazyBatchNorm2d\) is lazy"):
         split_bn(nn.Sequential(nn.LazyBatchNorm2d()))
 
+    theirs = convert_splitbn_model(nn.Sequential(nn.BatchNorm2d(3)), 2)
+    with pytest.raises(
+        BNSurgeryError, match=r"'0' \(SplitBatchNorm2d\) holds BN layers of its own, as one that another"
+    ):
+        split_bn(theirs)
+
     class Uncopied(nn.BatchNorm2d):
         def __deepcopy__(self, memo: object) -> nn.Module:
             raise RuntimeError("not this one")

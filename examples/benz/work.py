@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from bnsurgery import PGD, Engine, evaluate, replace_bn
 from bnsurgery.analysis import (
-    FeatureSet,
     TransferMatrix,
-    feature_dataset,
     input_gradient_similarity,
     outputs,
     transfer_matrix,
 )
+from examples.benz import sets
 from examples.benz.rows import CHOICES, L2, LINF, ROWS, AnyRow, Row, SetRow, TransferRow
 from examples.cifar10 import Batches
 from examples.common.data import Images
-from examples.common.files import Pending, Problem, kept, origin, read_json, write, write_json
-from examples.common.lab import Lab, Test, float32, held, require_finite
+from examples.common.files import Pending, kept, origin, write_json
+from examples.common.lab import Lab, Test, float32
+from examples.common.records import held, require_finite
 from examples.resnet import ResNet
-
-CHUNK = 2500
-"""Images of a set that are made at a time."""
 
 
 @dataclass
@@ -106,7 +99,7 @@ class Benz(Lab):
         if isinstance(row, Row):
             return super().training(key)
         path = self.folder.record(key, "set" if isinstance(row, SetRow) else "matrix")
-        record = kept(path, look_at_set if isinstance(row, SetRow) else look_at_matrix, self.settings(row))
+        record = kept(path, sets.look_at_set if isinstance(row, SetRow) else look_at_matrix, self.settings(row))
         if record is not None:
             self.require_needs(path, record, key)
         return record
@@ -125,7 +118,7 @@ class Benz(Lab):
             needs = self.hashes(key)
             for need in (need for need, sha256 in needs.items() if sha256 is None):
                 raise Pending(f"{need} is not finished yet in {self.folder.path}, and {key} needs it")
-            return self._make_set(key, row, needs) if isinstance(row, SetRow) else self._pass_on(key, row, needs)
+            return sets.make(self, key, row, needs) if isinstance(row, SetRow) else self._pass_on(key, row, needs)
 
     def test(self, key: str) -> bool:
         return super().test(key) if isinstance(self.rows[key], Row) else True
@@ -136,18 +129,7 @@ class Benz(Lab):
         Raises:
             Problem: it is not made yet, or its images are missing or damaged.
         """
-        record, path = self.training(key), self.folder.interim(f"{key}.set.safetensors")
-        if record is None:
-            raise Pending(f"{key} is not made yet in {self.folder.path}")
-        remedy = f"remove {self.folder.record(key, 'set')}, and it is made again"
-        try:
-            data = path.read_bytes()
-            found = load(data)
-        except (OSError, SafetensorError) as error:
-            raise Problem(f"cannot read {path} ({str(error).splitlines()[0]}): {remedy}") from None
-        if hashlib.sha256(data).hexdigest() != record["sha256"]:
-            raise Problem(f"{path} is not the set of {self.folder.record(key, 'set')}: {remedy}")
-        return found["images"], found["labels"]
+        return sets.images_of(self, key)
 
     def matrix(self, key: str = "transfer") -> TransferMatrix:
         """What was found of adversarial examples that are passed on."""
@@ -155,79 +137,6 @@ class Benz(Lab):
         if record is None:
             raise Pending(f"{key} is not made yet in {self.folder.path}")
         return TransferMatrix.read(record["matrix"])
-
-    def _make_set(self, key: str, row: SetRow, needs: dict[str, str | None]) -> bool:
-        """Some images at a time, each kept as it comes."""
-        settings, model = self.settings(row), self.network(row.model)
-        x, y = self.images.train if row.source is None else self.images_of(row.source)
-        x, y = x[: settings["images"]], y[: settings["images"]]
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.folder.seed))
-        log, parts = self.folder.interim(f"{key}.calls.json"), []
-        calls = self.note_call(log, goes_on=True)
-        seconds = 0.0
-        for number, rows in enumerate(torch.split(torch.arange(len(y)), CHUNK)):
-            part = self.folder.interim(f"{key}.part{number}.safetensors")
-            if not part.exists():
-                if not self.fits(seconds or None):
-                    return False
-                self.worked = True
-                began = time.perf_counter()
-                starts = floats(x[order[rows]]) if row.kind == "matched" else None
-                made = feature_dataset(
-                    model,
-                    (floats(x[rows]), y[rows]),
-                    row.kind,
-                    steps=settings["steps"],
-                    step_size=row.step_size,
-                    starts=starts,
-                    seed=self.folder.seed + number,
-                    progress=self.bars,
-                )
-                seconds = time.perf_counter() - began
-                _keep(part, made, seconds)
-                if not self.bars:
-                    print(f"{row.name}: {int(rows[-1]) + 1:,} of {len(y):,} images, {seconds:.0f} s", flush=True)
-            parts.append(part)
-        return self._join(key, parts, settings, needs, calls)
-
-    def _join(
-        self,
-        key: str,
-        parts: list[Path],
-        settings: dict[str, Any],
-        needs: dict[str, str | None],
-        calls: list[dict[str, Any]],
-    ) -> bool:
-        loaded = [load(part.read_bytes()) for part in parts]
-        records = [read_json(part.with_suffix(".json")) for part in parts]
-        joined = {name: torch.cat([tensors[name] for tensors in loaded]).contiguous() for name in loaded[0]}
-        data = save(joined)
-        write(self.folder.interim(f"{key}.set.safetensors"), lambda partial: partial.write_bytes(data))
-        counts = {name: sum(record[name] for record in records) for name in ("examples", "nonfinite")}
-        reached = [record["reached"] for record in records]
-        distances = [record["distance"] for record in records]
-        sizes = [record["examples"] for record in records]
-        means = None if distances[0] is None else [_mean([d[i] for d in distances], sizes) for i in (0, 1)]
-        write_json(
-            self.folder.record(key, "set"),
-            {
-                "row": self.rows[key].name,
-                "configuration": settings,
-                "needs": needs,
-                "sha256": hashlib.sha256(data).hexdigest(),
-                **counts,
-                "reached": None if reached[0] is None else sum(reached),
-                "distance": means,
-                "seconds": round(sum(record["seconds"] for record in records), 1),
-                "calls": calls,
-                **calls[-1],
-            },
-        )
-        for part in parts:
-            part.unlink()
-            part.with_suffix(".json").unlink()
-        self.folder.interim(f"{key}.calls.json").unlink(missing_ok=True)
-        return True
 
     def _pass_on(self, key: str, row: TransferRow, needs: dict[str, str | None]) -> bool:
         self.worked = True
@@ -285,36 +194,12 @@ def next_label(logits: Tensor, y: Tensor) -> float:
     return 100 * float((logits.argmax(1) == (y + 1) % logits.shape[1]).double().mean())
 
 
-def floats(images: Tensor) -> Tensor:
-    """uint8 or float16 images to float32 in [0, 1]."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
-def look_at_set(record: dict[str, Any]) -> None:
-    """Goes over what the record of a set is to hold."""
-    _ = record["sha256"], dict(record["needs"]), record["configuration"]["width"], float(record["seconds"])
-    _ = record["reached"], record["distance"], int(record["examples"]), int(record["nonfinite"])
-
-
 def look_at_matrix(record: dict[str, Any]) -> None:
     """Goes over what the record of a matrix is to hold."""
     found = TransferMatrix.read(record["matrix"])
     if not len(found.models) == len(found.clean_wrong) == len(found.wrong) == len(found.broken):
         raise ValueError("its rows are not as many as its models")
     _ = dict(record["needs"]), record["configuration"]["width"], float(record["seconds"])
-
-
-def _keep(path: Path, made: FeatureSet, seconds: float) -> None:
-    """Images rounded to 8 bits, which moves them by about 0.06 in L2."""
-    images = (made.images * 255).round().clamp(0, 255).to(torch.uint8)
-    record = made.record() | {"seconds": seconds}
-    write_json(path.with_suffix(".json"), record)
-    data = save({"images": images.contiguous(), "labels": made.labels})
-    write(path, lambda partial: partial.write_bytes(data))
-
-
-def _mean(values: list[float], weights: list[int]) -> float:
-    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
 
 def _listed(value: Any) -> Any:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from examples.common import cli, data, lab
+from examples.common import cli, data, scales
 from examples.common.checks import Check, made, markdown
 from examples.common.files import Folder, Problem, kept, label, write, write_json
-from examples.common.lab import Lab
+from examples.common.lab import Lab, float32
+from examples.common.records import Diverged, finite
 from examples.common.work import tune
 
 PENDING = "pending"
@@ -65,7 +66,7 @@ class Paper:
         rows, choices = self.lab.rows, self.lab.choices
         made = cli.parser(self.program, self.description, self.commands, f"one of {', '.join(rows)}")
         args = cli.parsed(made, argv, {"train": rows, "evaluate": rows, "choose": choices})
-        args.scale = lab.QUICK if args.quick else lab.FULL
+        args.scale = scales.QUICK if args.quick else scales.FULL
         return args
 
     def opened(self, args: argparse.Namespace, began: float, *, there: bool = False) -> Lab:
@@ -93,7 +94,7 @@ class Paper:
             try:
                 if not (now.make(key) and now.test(key)):
                     return stopped(key)
-            except lab.Diverged as problem:
+            except Diverged as problem:
                 diverged[key] = problem
                 print(f"    {problem}", flush=True)
         self.table(args, began)
@@ -187,8 +188,8 @@ def compared(now: Lab, key: str, settings: Any) -> dict[str, Any] | None:
     if run.ended != "epochs":
         return None
     x, y = images.tests(now.scale.held_out)
-    with lab.float32():
-        measures = lab.finite(now.measures(row, model, x[-now.scale.measured :], y[-now.scale.measured :]))
+    with float32():
+        measures = finite(now.measures(row, model, x[-now.scale.measured :], y[-now.scale.measured :]))
     record = {
         "row": row.name,
         "configuration": now.choice_settings(row),

@@ -7,7 +7,6 @@ how, and what is measured.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,67 +31,12 @@ from examples.common.files import (
     write,
     write_json,
 )
+from examples.common.records import finite, look_at_measures, look_at_tests, look_at_training
 from examples.common.work import Work, tune
 
 
 Test: TypeAlias = Callable[[], dict[str, Any]]
 """Measures something, and returns plain values."""
-
-
-class Diverged(Problem):
-    """The outputs of a network are not finite."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is done: all of it, or just enough to see that everything runs.
-
-    Attributes:
-        batch_size: in training.
-        most_epochs: no row trains longer.
-        training: how many training images are used, the first.
-        measured: first test images that are measured on after each epoch.
-        tested: first test images that the finished network is measured on.
-        attacked: of these, the first that AutoAttack is run on.
-        held_out: training images, the last, that settings are compared on.
-        compared_training: training images, the first, that settings are compared with.
-        compared_epochs: how long.
-        rate: factor on learning rates, and
-        deepest: no network is deeper: a few steps leave running statistics far from those of the batches, and a network
-            that goes by them is not to diverge.
-    """
-
-    batch_size: int = 128
-    most_epochs: int | None = None
-    training: int = 50_000
-    measured: int = 1000
-    tested: int = 10_000
-    attacked: int = 500
-    held_out: int = 5000
-    compared_training: int = 15_000
-    compared_epochs: int = 3
-    rate: float = 1.0
-    deepest: int | None = None
-
-    def epochs(self, epochs: int) -> int:
-        """How many of so many epochs are made at this scale."""
-        return min(epochs, self.most_epochs or epochs)
-
-
-FULL = Scale()
-QUICK = Scale(
-    batch_size=32,
-    most_epochs=2,
-    training=128,
-    measured=32,
-    tested=64,
-    attacked=8,
-    held_out=64,
-    compared_training=96,
-    compared_epochs=1,
-    rate=0.02,
-    deepest=26,
-)
 
 
 @dataclass
@@ -262,7 +206,7 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
     x, y = lab.images.tests(lab.scale.measured)
     model = lab.initial(row)
     batches = lab.batches(row, images)
-    calls = lab.note_call(log, goes_on=goes_on)
+    calls = lab.note_call(log, goes_on=goes_on, needs=needs)
 
     def measure(epoch: int, model: nn.Module) -> None:
         with float32():
@@ -362,54 +306,5 @@ def float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Plain values with None for what is not finite, which JSON has no word for."""
-    return {
-        name: finite(value)
-        if isinstance(value, dict)
-        else None
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
-        for name, value in values.items()
-    }
-
-
-def held(right: Tensor) -> dict[str, Any]:
-    """What is kept of whether each example is right (N,): the error in percent, its standard error, flags."""
-    share = float((~right).double().mean())
-    return {
-        "error": 100 * share,
-        "standard_error": 100 * (share * (1 - share) / len(right)) ** 0.5,
-        "examples": len(right),
-        "held": "".join(str(int(flag)) for flag in right),
-    }
-
-
-def look_at_training(record: dict[str, Any]) -> None:
-    """Goes over what a record of training is to hold."""
-    _ = record["sha256"], dict(record["needs"]), dict(record["snapshots"]), record["configuration"]["width"]
-    _ = [float(epoch["seconds"]) for epoch in record["history"]], float(record["seconds"])
-    look_at_measures(record)
-
-
-def look_at_measures(record: dict[str, Any]) -> None:
-    """Goes over what is kept of each epoch."""
-    _ = [int(found["epoch"]) for found in record["measures"]]
-
-
-def look_at_tests(record: dict[str, Any]) -> None:
-    """Goes over what a record of an evaluation is to hold."""
-    _ = record["sha256"], record["configuration"]["width"], float(record["seconds"]), list(record["calls"])
-    for found in record["tests"].values():
-        if "held" in found and (len(found["held"]) != found["examples"] or set(found["held"]) - {"0", "1"}):
-            raise ValueError("held does not say of each example whether it is right")
-
-
 def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def require_finite(key: str, logits: Tensor) -> None:
-    """Raises :class:`Diverged` where outputs of a row are not finite."""
-    if not bool(logits.isfinite().all()):
-        raise Diverged(f"{key} has diverged, its outputs are not finite: change its settings in rows.py, and remove it")

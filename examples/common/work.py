@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 
 from bnsurgery import CheckpointError, EpochRecord, Finetuning, adv_finetune
 from examples.common.data import Images
-from examples.common.files import Folder, Problem, origin, read_json, write_json
+from examples.common.files import Folder, Problem, origin, read_json, require_same, write_json
 
 
 @dataclass
@@ -56,13 +56,19 @@ class Work:
         left = self.left
         return left is None or (left > 0 and (left >= (seconds or 0.0) or not self.worked))
 
-    def note_call(self, path: Path, *, goes_on: bool) -> list[dict[str, Any]]:
-        """What each call that worked on a result was made with, this one last; kept beside the checkpoint."""
+    def note_call(self, path: Path, *, goes_on: bool, needs: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """What each call that worked on a result was made with, this one last; kept beside the checkpoint.
+
+        Raises:
+            Problem: it was begun of other results than are here now, which ``needs`` names by their hashes.
+        """
         before: list[dict[str, Any]] = []
         if goes_on and path.exists():
-            before = read_json(path, lambda record: list(record["calls"]))["calls"]
+            record = read_json(path, lambda record: (list(record["calls"]), dict(record.get("needs", {}))))
+            require_same(path, record.get("needs", {}), needs or {})
+            before = record["calls"]
         calls = [*before, origin(self.program, self.folder.seed, self.device)]
-        write_json(path, {"calls": calls})
+        write_json(path, {"calls": calls, **({"needs": dict(needs)} if needs else {})})
         return calls
 
 

@@ -14,7 +14,8 @@ from bnsurgery import PGD, evaluate, split_bn, use_branch
 from bnsurgery.analysis import outputs
 from examples.cifar10 import Batches
 from examples.common.data import Images
-from examples.common.lab import Lab, Test, held, require_finite
+from examples.common.lab import Lab, Test
+from examples.common.records import held, require_finite
 from examples.resnet import ResNet
 from examples.xie.rows import CHOICES, EPS, ROWS, Row
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._copies import private_copy
 from bnsurgery._data import describe
@@ -52,8 +53,8 @@ def split_bn(
     Raises:
         NoBatchNormError: there is no BN layer.
         ValueError: an invalid name, an unknown ``share``, or a pattern that matches nothing.
-        BNSurgeryError: a layer is split already, is lazy, or on the meta device; it has no statistics to share; or the
-            model cannot be copied.
+        BNSurgeryError: a layer is split already, here or by another library, is lazy, or on the meta device; it has no
+            statistics to share; or the model cannot be copied.
 
     Example:
         >>> import torch
@@ -78,17 +79,23 @@ def split_bn(
                 "use keep_branch first, or split all branches at once"
             )
     chosen = found if layers is None else select(found, layers, "layers")
+    for name, layer in chosen.items():
+        if any(isinstance(inner, _BatchNorm) for inner in layer.modules() if inner is not layer):
+            raise BNSurgeryError(
+                f"{label(name, layer)} holds BN layers of its own, as one that another library has split: put an "
+                "ordinary BN layer in its place first, or leave it out"
+            )
     if share == "statistics":
-        for name, found_layer in chosen.items():
-            require_statistics(name, found_layer, "share='statistics'")
+        for name, layer in chosen.items():
+            require_statistics(name, layer, "share='statistics'")
     private = private_copy(model, error=BNSurgeryError)
     own = dict(named_modules(private))
     router = Router(names, names[0])
     swap: dict[int, nn.Module] = {}
     for name in chosen:
-        layer: nn.Module = own[name]
-        copies = {branch: _again(layer, private) for branch in names[1:]}
-        swap[id(layer)] = SplitBatchNorm({names[0]: layer, **copies}, router, share=share, place=name)
+        first = own[name]
+        copies = {branch: _again(first, private) for branch in names[1:]}
+        swap[id(first)] = SplitBatchNorm({names[0]: first, **copies}, router, share=share, place=name)
     return substituted(private, swap)
 
 
@@ -100,7 +107,8 @@ def use_branch(model: nn.Module, branch: str | Tensor) -> Iterator[nn.Module]:
     recomputation of activation checkpointing on an accelerator, ``DataParallel``); other threads choose by themselves.
     Blocks nest: the innermost counts, and on leaving it, also by an exception, the one before does. With activation
     checkpointing the backward pass belongs into the block. Copies and pickles made inside it have that branch for
-    good, where nothing else is chosen.
+    good, where nothing else is chosen. Where branches are SyncBatchNorm, each process is to send examples through the
+    same ones: they wait for one another.
 
     Args:
         model: a model from :func:`split_bn`, or one with such models in it; wrapped ones are looked through.
