@@ -275,10 +275,11 @@ class Run:
 
     def _sharing(self) -> list[list[str]]:
         """The layers with statistics, those together that hold the same: branches of a split layer may."""
-        groups: dict[int, list[str]] = {}
+        groups: dict[tuple[int, int], list[str]] = {}
         for name, layer in self.layers.items():
             if has_statistics(layer):
-                groups.setdefault(id(statistics(layer)["running_mean"]), []).append(name)
+                mean, variance = _moving(layer)
+                groups.setdefault((id(mean), id(variance)), []).append(name)
         return list(groups.values())
 
     def _together(self, total: dict[str, Moments]) -> dict[str, Moments]:
