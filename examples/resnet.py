@@ -1,4 +1,4 @@
-"""ResNet-20, 56, 110 for CIFAR-10: the network of the papers that the examples reproduce.
+"""ResNet-18, 20, 56, 110 for CIFAR-10: the networks of the papers that the examples reproduce.
 
 The names, the initialisation and the whitening layer follow the public code of Walter et al.'s second author. With
 ``width=64`` ResNet-20 has 4,327,754 parameters, 6,272 of them in 21 batch-normalization layers (0.14%).
@@ -52,25 +52,29 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """CIFAR ResNet of ``depth`` 6 n + 2 and base ``width``; images (N, 3, 32, 32) in [0, 1] to logits (N, classes)."""
+    """CIFAR ResNet of ``depth`` 6 n + 2 and base ``width``; images (N, 3, 32, 32) in [0, 1] to logits (N, classes).
 
-    def __init__(self, depth: int = 20, width: int = 64, classes: int = 10) -> None:
+    With four stages the depth is 8 n + 2: ``ResNet(18, 64, stages=4)`` has 11,173,962 parameters.
+    """
+
+    def __init__(self, depth: int = 20, width: int = 64, classes: int = 10, *, stages: int = 3) -> None:
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth must be 6 n + 2 (20, 56, 110, ...), got {depth}")
+        if depth < 2 * stages + 2 or (depth - 2) % (2 * stages):
+            known = "20, 56, 110" if stages == 3 else "18, 34, 50"
+            raise ValueError(f"depth must be {2 * stages} n + 2 ({known}, ...), got {depth}")
         self.whiten = Whiten()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(width)
         channels = width
-        stages = []
-        for stage in range(3):
+        made = []
+        for stage in range(stages):
             blocks = []
-            for index in range((depth - 2) // 6):
+            for index in range((depth - 2) // (2 * stages)):
                 outputs = width * 2**stage
                 blocks.append(Block(channels, outputs, stride=2 if stage and not index else 1))
                 channels = outputs
-            stages.append(nn.Sequential(*blocks))
-        self.stages = nn.Sequential(*stages)
+            made.append(nn.Sequential(*blocks))
+        self.stages = nn.Sequential(*made)
         self.logits = nn.Linear(channels, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

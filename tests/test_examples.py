@@ -36,8 +36,10 @@ def test_depth_counts_convolutions_and_the_logits(depth: int, convolutions: int)
 
 
 def test_a_depth_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"depth must be 6 n \+ 2 .* got 21"):
+    with pytest.raises(ValueError, match=r"depth must be 6 n \+ 2 \(20, .* got 21"):
         ResNet(21)
+    with pytest.raises(ValueError, match=r"depth must be 8 n \+ 2 \(18, .* got 20"):
+        ResNet(20, stages=4)
 
 
 def test_the_network_whitens_and_clamps_its_input() -> None:

@@ -770,3 +770,67 @@ def test_the_adversarial_networks_of_benz_are_trained_on_their_attack(images: da
     assert isinstance(attack, PGD)
     assert (attack.eps, attack.norm, attack.steps, attack.step_size) == (0.5, "l2", 7, 0.1)
     assert now.options(benz_rows.ROWS["bn"])["attack"] is None
+
+
+def test_the_papers_network_has_its_size_and_a_folder_of_its_own(
+    images: data.Images, tmp_path: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = opened(images, tmp_path, "benz")
+    now.folder = Folder(tmp_path, 64, 0, "resnet18")
+    model = now.architecture(benz_rows.ROWS["bn"])
+    assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962
+    assert len(bn_layers(model)) == 20
+    assert now.settings(benz_rows.ROWS["bn"])["network"] == "resnet18"
+    assert BENZ.main(["train", "bn", "--quick", "--width", "2", "--network", "resnet18"]) == 0
+    assert (here / "runs/benz-quick/resnet18-w2-seed0/bn.train.json").exists()
+    assert "invalid choice: 'vgg'" in one_line(BENZ.main, ["train", "bn", "--network", "vgg"], capsys)
+    assert "unrecognized arguments" in one_line(XIE.main, ["train", "adv-20", "--network", "resnet18"], capsys)
+
+
+# The committed results.
+
+RESULTS = Path(__file__).parents[1] / "examples" / "results"
+COMMITTED = [path for program in PAPERS for path in sorted((RESULTS / program).glob("w*-seed*/*.json"))]
+
+
+def committed(path: Path) -> Lab:
+    """What reads them: without images, at full scale."""
+    width, seed = (int(number) for number in re.findall(r"\d+", path.parent.name))
+    program = path.parents[1].name
+
+    def no_images() -> data.Images:
+        raise AssertionError("results are read without images")
+
+    folder = Folder(path.parents[1], width, seed)
+    return PAPERS[program].lab(folder, no_images, FULL, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parents[1].name}-{path.name}")
+def test_committed_records_are_of_the_rows_as_they_are_and_say_where_they_come_from(path: Path) -> None:
+    now, record = committed(path), json.loads(path.read_text("utf-8"))
+    key, kind = path.name.split(".")[0], path.name.split(".")[-2]
+    if kind == "choose":
+        key = next(row for row in now.choices if path.name.startswith(f"{row}-"))
+        names = [files.label(settings) for settings in now.choices[key]]
+        assert path.name.split("-", key.count("-") + 1)[-1].removesuffix(".choose.json") in names
+    else:
+        assert (now.evaluation(key) if kind == "evaluate" else now.training(key)) == record
+    for call in [record, *record["calls"]]:
+        assert re.fullmatch(r"[0-9a-f]{40}", call["commit"]), "the code is not that of a commit"
+        assert call["command"].startswith(f"python -m examples.{now.program} ")
+        assert call["seed"] == now.folder.seed
+        assert {"torch", "bnsurgery"} <= call["versions"].keys()
+        assert call["hardware"]
+    if kind == "train":
+        epochs = now.rows[key].epochs
+        assert [found["epoch"] for found in record["measures"]] == list(range(epochs + 1))
+        assert [found["epoch"] for found in record["history"]] == list(range(epochs))
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in COMMITTED}), ids=lambda path: path.parent.name)
+def test_the_committed_table_is_that_of_the_records(folder: Path) -> None:
+    now = committed(folder / "any.json")
+    paper = PAPERS[now.program]
+    assert (folder / "table.md").read_text("utf-8") == paper.tables(now) + commands.chosen(now)
+    for name in paper.figures(now):
+        assert (folder / f"{name}.png").stat().st_size > 10_000

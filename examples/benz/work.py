@@ -34,9 +34,11 @@ class Benz(Lab):
     program = "benz"
     rows = ROWS
     choices = CHOICES
+    networks = ("resnet20", "resnet18")
 
     def architecture(self, row: Row) -> nn.Module:
-        model: nn.Module = ResNet(20, self.folder.width)
+        large = self.folder.network == "resnet18"
+        model: nn.Module = ResNet(18, self.folder.width, stages=4) if large else ResNet(20, self.folder.width)
         for module in model.modules():
             # He's initialisation, of which activations grow from block to block, needs a normalization.
             if isinstance(module, (nn.Conv2d, nn.Linear)):

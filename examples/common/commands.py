@@ -65,13 +65,16 @@ class Paper:
         """What the command line says."""
         rows, choices = self.lab.rows, self.lab.choices
         made = cli.parser(self.program, self.description, self.commands, f"one of {', '.join(rows)}")
+        if networks := self.lab.networks:
+            made.add_argument("--network", choices=networks, default=networks[0], help=f"({networks[0]})")
         args = cli.parsed(made, argv, {"train": rows, "evaluate": rows, "choose": choices})
         args.scale = scales.QUICK if args.quick else scales.FULL
         return args
 
     def opened(self, args: argparse.Namespace, began: float, *, there: bool = False) -> Lab:
         """The lab that the arguments say; where results are to be ``there``, :class:`Problem` if none are."""
-        folder = Folder(args.out, args.width, args.seed)
+        usual = not self.lab.networks or args.network == self.lab.networks[0]
+        folder = Folder(args.out, args.width, args.seed, "" if usual else args.network)
         if there and not folder.path.is_dir():
             raise Problem(f"there are no results in {folder.path}")
         return self.lab(

@@ -47,16 +47,19 @@ class Folder:
         root: what ``--out`` said.
         width: base width of the networks.
         seed: of the runs.
+        network: where there are several, which of them; "" for the usual one.
     """
 
     root: Path
     width: int
     seed: int
+    network: str = ""
 
     @property
     def path(self) -> Path:
         """The folder of the results."""
-        return self.root / f"w{self.width}-seed{self.seed}"
+        network = f"{self.network}-" if self.network else ""
+        return self.root / f"{network}w{self.width}-seed{self.seed}"
 
     def record(self, row: str, kind: str) -> Path:
         """The JSON file of a kind of result: ``"train"``, ``"evaluate"``, ``"choose"``."""

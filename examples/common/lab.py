@@ -47,10 +47,12 @@ class Lab(Work, ABC):
         rows: by the name that the command line takes, each after what it needs. A row has a ``name``, ``epochs``, and
             ``needs``: the rows whose results it is made of.
         choices: by row, settings that are compared.
+        networks: those that ``--network`` knows, the usual one first; none: there is but one.
     """
 
     rows: ClassVar[Mapping[str, Any]]
     choices: ClassVar[Mapping[str, tuple[Mapping[str, Any], ...]]] = {}
+    networks: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def initial(self, row: Any) -> nn.Module:
@@ -90,6 +92,8 @@ class Lab(Work, ABC):
         plain |= {"epochs": self.scale.epochs(row.epochs), "width": self.folder.width}
         if self.scale.rate != 1:
             plain["rate"] = self.scale.rate
+        if self.folder.network:
+            plain["network"] = self.folder.network
         return {name: value for name, value in plain.items() if name not in ("name", "paper")} | {
             "batch_size": self.scale.batch_size,
             "training_images": self.scale.training,
