@@ -94,7 +94,8 @@ class Benz(Lab):
         plain = {name: _listed(value) for name, value in asdict(row).items() if name not in ("name", "epochs")}
         images = min(row.images, self.scale.training if isinstance(row, SetRow) else self.scale.measured)
         steps = {"steps": min(row.steps, 5) if self.scale.most_epochs else row.steps} if isinstance(row, SetRow) else {}
-        return plain | steps | {"images": images, "width": self.folder.width}
+        network = {"network": self.folder.network} if self.folder.network else {}
+        return plain | steps | network | {"images": images, "width": self.folder.width}
 
     def training(self, key: str) -> dict[str, Any] | None:
         row = self.rows[key]
