@@ -60,7 +60,7 @@ class ResNet(nn.Module):
     def __init__(self, depth: int = 20, width: int = 64, classes: int = 10, *, stages: int = 3) -> None:
         super().__init__()
         if depth < 2 * stages + 2 or (depth - 2) % (2 * stages):
-            known = "20, 56, 110" if stages == 3 else "18, 34, 50"
+            known = "20, 56, 110" if stages == 3 else "18, 26, 34"
             raise ValueError(f"depth must be {2 * stages} n + 2 ({known}, ...), got {depth}")
         self.whiten = Whiten()
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)

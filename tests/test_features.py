@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reference
-from bnsurgery import PGD, BNSurgeryError, keep_branch, split_bn, use_branch
+from bnsurgery import PGD, BNSurgeryError, evaluate, keep_branch, split_bn, use_branch
 from bnsurgery.analysis import (
     FeatureSet,
     GradientSimilarity,
@@ -151,7 +151,7 @@ def test_similarity_is_of_the_branch_in_use() -> None:
         ({"max_examples": 0}, "max_examples must be at least 1, got 0"),
         ({"mean": [0.5]}, "mean and std go together"),
         ({"mean": [0.5], "std": [0.0]}, "std must be above 0"),
-        ({"mean": [0.5] * 2, "std": [0.5] * 2}, r"std must hold 3 values to go with x \(6, 3, 8, 8\), got 2"),
+        ({"mean": [0.5] * 2, "std": [0.5] * 2}, r"mean must hold 3 values to go with x \(6, 3, 8, 8\), got 2"),
         ({"engine": "slow"}, "engine must be"),
     ],
 )
@@ -170,6 +170,30 @@ def test_labels_out_of_range_and_no_data_are_said() -> None:
     ):
         with pytest.raises(ValueError, match="data has no examples"):
             call()
+
+
+def test_the_precision_of_the_model_and_the_range_of_its_inputs_count() -> None:
+    model, x, y = SMALL.build(torch.float64), SMALL.example(5), SMALL.labels(5)
+    found = input_gradient_similarity(model, (x, y))  # float32 images
+    expected = [cosine(model.eval(), *row) for row in zip(x, y, noise_of(x, 0.01, 0, 250), strict=True)]
+    assert np.allclose(reference.array(found.cosines), expected, atol=1e-9)
+    with pytest.raises(ValueError, match=r"x must lie in bounds=\(0, 1\), got values from .* to 25"):
+        input_gradient_similarity(model, (255 * x, y))
+    assert input_gradient_similarity(model, (255 * x, y), bounds=(0, 255)).examples == 5
+
+
+def test_batches_of_our_own_take_one_branch() -> None:
+    split = split_bn(SMALL.build())
+    data = SMALL.example(), SMALL.labels()
+    with use_branch(split, torch.tensor([0, 1] * 3)):
+        for call in (
+            lambda: input_gradient_similarity(split, data),
+            lambda: feature_dataset(split, data, "random", progress=False),
+            lambda: outputs(split, data),
+            lambda: evaluate(split, data, attacks=["pgd-1"], progress=False),
+        ):
+            with pytest.raises(BNSurgeryError, match="choose one branch by its name"):
+                call()
 
 
 # Transfer.
@@ -224,9 +248,9 @@ def test_a_model_that_is_right_on_nothing_has_no_rate() -> None:
 
 def test_wrong_arguments_of_transfer_are_said() -> None:
     data = SMALL.example(), SMALL.labels()
-    with pytest.raises(ValueError, match="models must be a mapping from names to modules, at least one, got list"):
+    with pytest.raises(ValueError, match="models must be a mapping from names to modules, at least one, got a list"):
         transfer_matrix([SMALL.build()], data, attack=PGD())
-    with pytest.raises(ValueError, match="at least one, got dict"):
+    with pytest.raises(ValueError, match="at least one, got none"):
         transfer_matrix({}, data, attack=PGD())
     with pytest.raises(TypeError, match=r"models\['a'\] must be a torch\.nn\.Module, got a int"):
         transfer_matrix({"a": 3}, data, attack=PGD())
@@ -366,6 +390,39 @@ def test_what_is_not_finite_is_left_out_and_counted(monkeypatch: pytest.MonkeyPa
     assert torch.equal(made.sources, torch.cat([y[:1], y[2:]]))
 
 
+class Spoiled(nn.Module):
+    """Features that are not numbers where the first pixel is bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.logits = nn.Linear(4, 3), nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(self.body(x) * torch.where(x[:, :1] > 0.9, math.nan, 1.0))
+
+
+def test_what_a_network_has_no_numbers_for_is_left_out_and_counted() -> None:
+    x = 0.8 * torch.rand(6, 4)
+    x[2, 0] = 0.95
+    starts = 0.5 * torch.rand(6, 4)
+    made = feature_dataset(Spoiled(), (x, torch.arange(6)), "matched", steps=2, starts=starts, progress=False)
+    assert (made.examples, made.nonfinite, len(made.images)) == (6, 1, 5)
+    assert made.labels.tolist() == [0, 1, 3, 4, 5]
+    assert made.distance is not None
+    assert all(math.isfinite(value) for value in made.distance)
+    made = feature_dataset(Spoiled(), (x, torch.arange(6)), "deterministic", eps=0.01, steps=2, progress=False)
+    assert (made.nonfinite, made.labels.tolist()) == (1, [1, 2, 4, 5, 6])
+
+
+def test_starts_out_of_bounds_and_models_that_do_not_fit_are_named() -> None:
+    x, y = SMALL.example(), SMALL.labels()
+    with pytest.raises(ValueError, match=r"starts must lie in bounds=\(0\.0, 1\.0\), got values from 2 to 2"):
+        feature_dataset(SMALL.build(), (x, y), "matched", starts=torch.full_like(x, 2.0), progress=False)
+    few = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    with pytest.raises(ValueError, match=r"models\['few'\]: y must lie in 0 \.\.\. 1"):
+        transfer_matrix({"all": SMALL.build(), "few": few}, (x, y), attack=PGD())
+
+
 def test_making_a_set_leaves_the_model_and_the_random_state_alone() -> None:
     model = SMALL.build().train()
     before, state = copy.deepcopy(model), torch.get_rng_state()
@@ -393,7 +450,7 @@ class Unreached(nn.Module):
     [
         (SMALL.build(), "robust", {}, ValueError, "kind must be one of 'random', 'deter.* got 'robust'"),
         (SMALL.build(), "random", {"features": "7"}, ValueError, "features and starts go with kind='matched'"),
-        (SMALL.build(), "matched", {"features": "11"}, ValueError, "features='11' is no layer of the model; there are"),
+        (SMALL.build(), "matched", {"features": "11"}, ValueError, "features='11' matches nothing; the nearest"),
         (nn.Sequential(nn.Flatten()), "matched", {}, ValueError, "no linear layer: say features="),
         (SMALL.build(), "matched", {"starts": torch.rand(2, 3)}, ValueError, "starts must have the shape of the"),
         (SMALL.build(), "random", {"eps": -1.0}, ValueError, "eps must be finite and at least 0"),

@@ -515,6 +515,7 @@ def one_line(main: Callable[[list[str]], int], argv: list[str], capsys: pytest.C
         (["all", "--budget", "0"], "must be a number of minutes above 0"),
         (["all", "--width", "0"], "must be a whole number from 1 to 1024, got '0'"),
         (["all", "--device", "abacus"], "'abacus' is not available here"),
+        (["evaluate", "transfer"], "unknown row 'transfer': evaluate takes one of "),
         (["choose", "transfer"], "unknown row 'transfer': choose takes one of "),
     ],
 )
@@ -605,6 +606,65 @@ def test_what_is_needed_and_not_there_is_said(images: data.Images, tmp_path: Pat
         now.make("random-bn")
     with pytest.raises(Problem, match="bn is not trained yet"):
         now.test("bn")
+
+
+def test_what_was_begun_of_another_result_is_not_gone_on_with(
+    finished: dict[str, Lab], images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benz_sets, "CHUNK", 12)
+    now = copied(finished, images, tmp_path, "benz")
+    for key, kind in (("random", "set"), ("random-bn", "train")):
+        now.folder.record(key, kind).unlink()
+    with monkeypatch.context() as patch:
+        a_little_time(patch)
+        assert not now.make("random")
+    log, part = now.folder.interim("random.calls.json"), now.folder.interim("random.part0.safetensors")
+    assert part.exists()
+    path = now.folder.record("bn", "train")
+    record = json.loads(path.read_text("utf-8"))
+    state = load_file(now.folder.weights("bn"))
+    state["logits.bias"] += 1.0
+    model = now.architecture(now.rows["bn"])
+    model.load_state_dict(state)
+    data_, sha256 = files.serialized(model)
+    now.folder.weights("bn").write_bytes(data_)
+    path.write_text(json.dumps(record | {"sha256": sha256}), "utf-8")
+    message = r"what is begun of random was begun of another bn than is here now: remove .*random\.\*, and it is begun"
+    with pytest.raises(Problem, match=message):
+        now.make("random")
+    log.unlink()  # what the message does not say
+    with pytest.raises(Problem, match=message):
+        now.make("random")
+    part.with_suffix(".json").unlink()
+    assert now.make("random")
+
+
+@pytest.mark.parametrize("missing", ["calls.json", "measures.json"])
+def test_a_checkpoint_without_what_belongs_to_it_is_not_gone_on_with(
+    missing: str, images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = opened(images, tmp_path, "xie")
+    with monkeypatch.context() as patch:
+        patch.setattr(Lab, "left", property(lambda _: 1e-3))
+        assert not now.make("adv-20")
+    now.folder.interim(f"adv-20.{missing}").unlink()
+    with pytest.raises(
+        Problem, match=rf"adv-20\.{missing} is missing, beside .*: remove .*adv-20\.\*, and adv-20 is b"
+    ):
+        now.make("adv-20")
+    for path in now.folder.interim("").glob("adv-20.*"):
+        path.unlink()
+    assert now.make("adv-20")
+
+
+def test_a_snapshot_that_is_gone_is_said(images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = opened(images, tmp_path, "benz")
+    with monkeypatch.context() as patch:
+        patch.setattr(Lab, "left", property(lambda _: 1e-3))
+        assert not now.make("bn")
+    now.folder.interim("bn.epoch1.safetensors").unlink()
+    with pytest.raises(Problem, match=r"cannot read .*bn\.epoch1\.safetensors \(No such file .*\): remove .*bn\.\*"):
+        now.make("bn")
 
 
 def test_two_processes_do_not_work_on_one_row(images: data.Images, tmp_path: Path) -> None:

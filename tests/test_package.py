@@ -37,7 +37,6 @@ ORDER = [
     "_refusals",
     "_copies",
     "_routing",
-    "_substitution",
     "surgery",
     "folding",
     "replacement",

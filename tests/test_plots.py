@@ -149,6 +149,10 @@ def test_a_feature_set_is_a_row_of_images_with_both_labels() -> None:
         assert torch.allclose(shown[:, 6 * place : 6 * place + 6].permute(2, 0, 1), images[place])
     named = plot_feature_set(made, classes=["cat", "dog", "emu", "fox"], count=1)
     assert [tick.get_text() for tick in named.get_xticklabels()] == ["cat to dog"]
+    with pytest.raises(ValueError, match=r"images in \[0, 1\], got values from .*: undo mean= and std="):
+        plot_feature_set(FeatureSet(3 * images, made.labels, made.sources, "random", 4, 0, 1))
+    with pytest.raises(ValueError, match="classes must name 4 classes at least, got 2"):
+        plot_feature_set(made, classes=["cat", "dog"])
     vectors = FeatureSet(torch.rand(4, 3), made.labels, made.sources, "random", 4, 0, 1)
     with pytest.raises(ValueError, match=r"images \(N, C, H, W\) of 1 or 3 channels, got \(4, 3\)"):
         plot_feature_set(vectors)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, GroupNormAct
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
 import reference
-from bnsurgery import BNSurgeryError, NoBatchNormError, adv_finetune, bn_layers, evaluate, replace_bn
+from bnsurgery import BNSurgeryError, NoBatchNormError, adv_finetune, bn_layers, evaluate, replace_bn, split_bn
 from networks import LIGHT, RESNET20, SHARED, SMALL, TIMM, Case, shake
 
 KINDS = ["group", "layer", "instance", "none"]
@@ -178,6 +178,31 @@ def test_a_function_says_what_takes_its_place() -> None:
     assert list(kept.state_dict()) == list(model.state_dict())
 
 
+def test_what_a_function_has_set_can_stay_and_an_activation_of_its_own_is_not_doubled() -> None:
+    def zeroed(layer: nn.Module) -> nn.Module:
+        norm = nn.GroupNorm(2, layer.num_features)
+        nn.init.zeros_(norm.weight)
+        return norm
+
+    new, report = replace_bn(SMALL.build(), zeroed, carry=False)
+    assert not new[1].weight.any()
+    assert report.dropped == ("1", "4", "8")
+    layer, x = shake(BatchNormAct2d(6, act_layer=nn.SiLU)), torch.randn(4, 6, 5, 5)
+    new, _ = replace_bn(layer, lambda bn: GroupNormAct(6, num_groups=2, act_layer=nn.SiLU))
+    assert torch.allclose(new(x), F.silu(F.group_norm(x, 2, layer.weight, layer.bias)), atol=1e-6)
+
+
+def test_one_module_for_several_layers_is_refused() -> None:
+    one = nn.Identity()
+    with pytest.raises(ValueError, match="kind returned the same module for '1' and '4': make one for each"):
+        replace_bn(SMALL.build(), lambda _layer: one)
+
+
+def test_a_split_model_is_refused() -> None:
+    with pytest.raises(BNSurgeryError, match=r"'1' \(SplitBatchNorm\) is split: use keep_branch first"):
+        replace_bn(split_bn(SMALL.build()), "none")
+
+
 def test_some_layers_can_be_left_and_are_reported() -> None:
     model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), FrozenBatchNorm2d(4))
     new, report = replace_bn(model, "none", layers="1")
@@ -241,9 +266,9 @@ def test_what_cannot_be_is_refused_by_name_and_the_model_is_as_before(
     assert [type(module) for module in model.modules()] == before
 
 
-@pytest.mark.parametrize("groups", [0, -1, 3])
-def test_groups_that_do_not_divide_are_refused(groups: int) -> None:
-    with pytest.raises(ValueError, match=f"groups={groups} does not divide the 8 channels of '1'"):
+@pytest.mark.parametrize("groups", [0, -1, 3, 2.0, "2"])
+def test_groups_that_do_not_divide_are_refused(groups: Any) -> None:
+    with pytest.raises(ValueError, match=f"groups={groups!r} does not divide the 8 channels of '1'"):
         replace_bn(SMALL.build(), "group", groups=groups)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import copy
+import functools
 import gc
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from bnsurgery import (
     BNSurgeryError,
     Engine,
     NoBatchNormError,
+    PatchError,
     adv_finetune,
     bn_layers,
     bn_state,
@@ -40,6 +43,7 @@ from bnsurgery import (
     fuse_bn,
     keep_branch,
     load_bn_patch,
+    load_bn_state,
     plan_fusion,
     recalibrate_bn,
     reset_bn_stats,
@@ -49,6 +53,7 @@ from bnsurgery import (
 )
 from bnsurgery._replicas import Replicas
 from bnsurgery._routing import SplitBatchNorm
+from bnsurgery.analysis import outputs
 from networks import HEAVY, LIGHT, RESNET20, SHARED, SMALL, TIMM, Case, shake
 
 SHARES = ["none", "parameters", "statistics"]
@@ -160,6 +165,11 @@ def test_hooks_go_with_each_branch_and_come_back() -> None:
     assert seen[2] is kept[1]
 
 
+@dataclass
+class Settings:
+    norm: nn.Module
+
+
 class Keeps(nn.Module):
     """Refers to its BN layer in ways that torch does not list."""
 
@@ -170,13 +180,16 @@ class Keeps(nn.Module):
         self.listed = [self.bn]
         self.named = {"bn": (self.bn, 1)}
         self.bound = self.bn.forward
+        self.settings = Settings(self.bn)
+        self.partial = functools.partial(self.bn)
+        self.few = frozenset([self.bn])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         if self.training:
             x = self.listed[0](x) + self.named["bn"][0](x)
         else:
-            x = self.bound(x)
+            x = self.bound(x) + self.settings.norm(x) + self.partial(x) + next(iter(self.few))(x)
         return self.logits(x.mean((2, 3)))
 
 
@@ -333,25 +346,41 @@ def in_a_thread_of_the_system(call: Callable[[], object]) -> object:
     return found[0]
 
 
-def test_a_thread_of_the_system_goes_where_the_one_goes_that_it_works_for() -> None:
+def test_a_thread_of_the_system_goes_where_the_last_pass_went_of_the_one_it_works_for() -> None:
     layer, x = apart(split_bn(nn.BatchNorm1d(3))).eval(), torch.rand(4, 3)
     assert torch.equal(in_a_thread_of_the_system(lambda: layer(x)), layer.clean(x))
     with use_branch(layer, "clean"), use_branch(layer, "adv"):
+        layer(x)
         assert torch.equal(in_a_thread_of_the_system(lambda: layer(x)), layer.adv(x))
-        go_on, chosen = threading.Event(), threading.Event()
+    assert torch.equal(in_a_thread_of_the_system(lambda: layer(x)), layer.adv(x))  # a backward pass after the block
+    layer(x)
+    assert torch.equal(in_a_thread_of_the_system(lambda: layer(x)), layer.clean(x))
+    go_on, done = threading.Event(), threading.Event()
 
-        def other() -> None:
-            with use_branch(layer, "clean"):
-                chosen.set()
-                go_on.wait(10)
+    def other() -> None:
+        with use_branch(layer, "adv"):
+            layer(x)
+        done.set()
+        go_on.wait(10)
 
-        thread = threading.Thread(target=other)
-        thread.start()
-        assert chosen.wait(10)
-        assert "threads use several branches at once" in str(in_a_thread_of_the_system(lambda: layer(x)))
-        go_on.set()
-        thread.join(10)
-        assert torch.equal(in_a_thread_of_the_system(lambda: layer(x)), layer.adv(x))
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert done.wait(10)
+    assert "threads use several branches at once" in str(in_a_thread_of_the_system(lambda: layer(x)))
+    go_on.set()
+    thread.join(10)
+    assert torch.equal(in_a_thread_of_the_system(lambda: layer(x)), layer.clean(x))  # that thread is gone
+
+
+def test_blocks_may_end_in_another_order_than_they_began() -> None:
+    layer, x = apart(split_bn(nn.BatchNorm1d(3), ("a", "b", "c"))).eval(), torch.rand(4, 3)
+    first, second = use_branch(layer, "b"), use_branch(layer, "c")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(layer(x), layer.c(x))
+    second.__exit__(None, None, None)
+    assert torch.equal(layer(x), layer.a(x))
 
 
 def test_replicas_of_data_parallel_go_where_the_model_goes() -> None:
@@ -393,7 +422,7 @@ def test_a_model_that_is_gone_leaves_nothing_behind() -> None:
     with use_branch(split, "adv"):
         split(SMALL.example())
     router = split[1].router
-    assert router._stacks == {}
+    assert router.chosen is None
     del split
     gc.collect()
     assert router.selected() == "clean"
@@ -464,6 +493,48 @@ def test_shared_statistics_move_for_all_and_shared_parameters_train_for_all() ->
     assert torch.equal(layer.clean.weight, layer.adv.weight)
     assert not torch.equal(layer.clean.weight, torch.ones(3))
     assert not torch.equal(layer.clean.running_mean, layer.adv.running_mean)
+
+
+@pytest.mark.parametrize("share", ["parameters", "statistics"])
+def test_values_that_differ_are_not_loaded_into_what_is_shared(share: Any) -> None:
+    shared, split = split_bn(SMALL.build(), share=share), apart(split_bn(SMALL.build()))
+    before = copy.deepcopy(shared)
+    with pytest.raises(
+        RuntimeError, match=rf"'1' \(SplitBatchNorm\) shares {share}, and '1.adv.* differs from another"
+    ):
+        shared.load_state_dict(split.state_dict())
+    shared = before
+    with pytest.raises(PatchError, match=r"1.adv.\w+ differs from 1.clean.\w+, and the model holds them together"):
+        load_bn_state(shared, bn_state(split))
+    load_bn_state(shared, bn_state(shared))
+    shared.load_state_dict(shared.state_dict())
+
+
+def test_what_branches_have_is_not_asked_of_the_layer_that_holds_them() -> None:
+    split = split_bn(SMALL.build())
+    with pytest.raises(
+        AttributeError, match=r"'1' \(SplitBatchNorm\) has no 'weight' of its own.*: take 1.clean.weight"
+    ):
+        _ = split[1].weight
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = split[1].nothing
+
+
+def test_what_ties_layers_to_one_another_ties_each_branch() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    split = split_bn(model)
+    for branch in ("clean", "adv"):
+        kept = keep_branch(split, branch)
+        assert kept[0].weight is kept[1].weight
+    assert split[0].adv.weight is split[1].adv.weight
+    assert split[0].adv.weight is not split[0].clean.weight
+
+
+def test_no_examples_at_all_pass() -> None:
+    layer = split_bn(nn.BatchNorm2d(3)).eval()
+    with use_branch(layer, torch.zeros(0, dtype=torch.int64)):
+        assert layer(torch.rand(0, 3, 4, 4)).shape == (0, 3, 4, 4)
 
 
 def test_synchronised_layers_are_made_of_each_branch() -> None:
@@ -556,6 +627,9 @@ def test_statistics_that_branches_share_are_those_of_all_examples() -> None:
     assert np.allclose(reference.array(layer.adv.running_mean), mean, atol=1e-12)
     assert np.allclose(reference.array(layer.clean.running_var), variance, atol=1e-12)
     assert found.elements == {"clean": 144, "adv": 144}
+    with use_branch(layer, "adv"):
+        found = recalibrate_bn(layer, [x])
+    assert (found.layers, found.kept) == (("clean", "adv"), ())  # clean's moved with them
 
 
 def test_folding_reads_each_branch() -> None:
@@ -695,7 +769,8 @@ def test_a_model_that_is_not_split_has_no_branches(call: Callable[..., Any]) -> 
         (torch.tensor([0, -1, 0, 0, 0, 0]), r"numbers among 0 \('clean'\), 1 \('adv'\), got -1 to 0"),
         (torch.zeros(6), r"integers \(N,\), one for each example, got a tensor \(6,\) of torch.float32"),
         (torch.zeros(6, 1, dtype=torch.int64), r"integers \(N,\), .*, got a tensor \(6, 1\)"),
-        (3, "there is no branch 3"),
+        (3, r"branch must be a name, or a tensor of integers \(N,\), got a int"),
+        ([0, 1], r"branch must be a name, or a tensor of integers \(N,\), got a list of 2"),
     ],
 )
 def test_wrong_routes_are_refused(untouched: nn.Module, index: Any, message: str) -> None:
@@ -856,11 +931,17 @@ def test_a_mixed_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path
         ),
         (("clean",), r"branches must be two, for clean and for adversarial examples, got \('clean',\)"),
         ("ab", "branches must be two, .* got 'ab'"),
+        (3, "branches must be two, .* got 3"),
     ],
 )
 def test_branches_that_a_model_has_not_are_said(untouched: nn.Module, branches: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adv_finetune(untouched, batches(SMALL), epochs=1, branches=branches, progress=False)
+
+
+def test_branches_of_a_model_that_is_not_split_are_a_mistake() -> None:
+    with pytest.raises(ValueError, match="no BN layer is split: use split_bn, which returns a copy"):
+        adv_finetune(SMALL.build(), batches(SMALL), epochs=1, branches=("main", "aux"), progress=False)
 
 
 def test_a_batch_with_one_example_for_a_branch_is_left_out() -> None:
@@ -891,6 +972,23 @@ def test_the_copies_that_attacks_run_on_follow_the_branch_and_its_values(fuse: b
                 parameter.mul_(1.01 + 0.01 * turn)
         split.norm1.adv.running_mean.add_(0.1)
     assert len({id(replica) for replica in made.values()}) == 3
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("branches", [("clean", "adv"), ("adv", "clean")])
+def test_whatever_is_shared_the_engine_attacks_as_the_model_itself(branches: Any, share: Any, fuse: bool) -> None:
+    split = apart(split_bn(RESNET20.build(torch.float64), branches, share=share))
+    x, y = RESNET20.example(8, torch.float64), RESNET20.labels(8)
+    for branch in branches:
+        with use_branch(split, branch):
+            fast = outputs(split, (x.float(), y), attack=PGD(steps=2, random_start=False), engine=Engine(fuse=fuse))
+            slow = outputs(split, (x.float(), y), attack=PGD(steps=2, random_start=False), engine="plain")
+        assert torch.allclose(fast.logits, slow.logits, atol=1e-4)
+    run = adv_finetune(
+        split.float(), [(x.float(), y)], epochs=2, attack=PGD(steps=1), clean_fraction=0.5, progress=False
+    )
+    assert run.skipped == 0
 
 
 def test_an_attack_on_a_mixed_batch_is_that_on_its_parts() -> None:
@@ -944,9 +1042,9 @@ def test_a_consistent_step_is_that_of_a_network_in_evaluation_mode() -> None:
         assert torch.allclose(one, other, atol=1e-10), name
 
 
-@pytest.mark.parametrize("after", [-1, 3, 1.5])
+@pytest.mark.parametrize("after", [-1, 3, 1.5, "1"])
 def test_an_epoch_that_is_none_is_refused(after: Any) -> None:
-    with pytest.raises(ValueError, match=f"from 0 to below epochs=3, got {after}"):
+    with pytest.raises(ValueError, match=f"from 0 to below epochs=3, got {after!r}"):
         adv_finetune(SMALL.build(), batches(SMALL), epochs=3, consistent_bn_after=after, progress=False)
 
 

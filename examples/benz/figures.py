@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bnsurgery.plots import plot_curves, plot_transfer
+from examples.common.drawing import blank
 from examples.benz.rows import ROWS
 from examples.benz.work import Benz
 from examples.common.files import Pending
@@ -21,18 +22,12 @@ def figures(lab: Any) -> dict[str, Figure]:
     return {name: figure for name, figure in made.items() if figure is not None}
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def epochs(lab: Benz) -> Figure | None:
     """Clean error, robust errors and LIGS of the networks that are trained on CIFAR-10, over the epochs."""
     trained = {key: record for key in NORMS if (record := lab.training(key)) is not None}
     if not trained:
         return None
-    figure = _figure(8, 6)
+    figure = blank(8, 6)
     axes = figure.subplots(2, 2).flat
     for ax, (name, title) in zip(
         axes,
@@ -62,7 +57,7 @@ def readouts(lab: Benz) -> Figure | None:
     keys = [key for key in ("conflicting-bn", "conflicting-none") if lab.training(key) is not None]
     if not keys:
         return None
-    figure = _figure(4 * len(keys), 3.2)
+    figure = blank(4 * len(keys), 3.2)
     for ax, key in zip(figure.subplots(1, len(keys), squeeze=False).flat, keys, strict=True):
         measures = lab.trained(key)["measures"]
         curves = {
@@ -80,6 +75,6 @@ def transfer(lab: Benz) -> Figure | None:
         found = lab.matrix()
     except Pending:
         return None
-    figure = _figure(6.5, 6)
+    figure = blank(6.5, 6)
     plot_transfer(found, ax=figure.subplots())
     return figure

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from bnsurgery.analysis import FeatureSet, feature_dataset
 from examples.benz.rows import SetRow
+from examples.cifar10 import floats
 from examples.common.files import Pending, Problem, read_json, write, write_json
+from examples.common.work import require_begun_of
 
 if TYPE_CHECKING:
     from examples.benz.work import Benz
@@ -54,12 +56,12 @@ def make(lab: Benz, key: str, row: SetRow, needs: dict[str, str | None]) -> bool
     x, y = x[: settings["images"]], y[: settings["images"]]
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(lab.folder.seed))
     log, parts = lab.folder.interim(f"{key}.calls.json"), []
-    made_of = {**needs, "settings": settings, "chunk": CHUNK}
+    made_of = {**needs, "configuration": settings, "images at a time": CHUNK}
     calls = lab.note_call(log, goes_on=True, needs=made_of)
     seconds = 0.0
     for number, rows in enumerate(torch.split(torch.arange(len(y)), CHUNK)):
         part = lab.folder.interim(f"{key}.part{number}.safetensors")
-        if not part.exists():
+        if not _is_there(part, made_of):
             if not lab.fits(seconds or None):
                 return False
             lab.worked = True
@@ -75,7 +77,7 @@ def make(lab: Benz, key: str, row: SetRow, needs: dict[str, str | None]) -> bool
                 progress=lab.bars,
             )
             seconds = time.perf_counter() - began
-            _keep(part, made, seconds)
+            _keep(part, made, seconds, made_of)
             if not lab.bars:
                 print(f"{row.name}: {int(rows[-1]) + 1:,} of {len(y):,} images, {seconds:.0f} s", flush=True)
         parts.append(part)
@@ -84,21 +86,25 @@ def make(lab: Benz, key: str, row: SetRow, needs: dict[str, str | None]) -> bool
     return True
 
 
-def floats(images: Tensor) -> Tensor:
-    """uint8 images to float32 in [0, 1]."""
-    return images.float() / 255
-
-
 def look_at_set(record: dict[str, Any]) -> None:
     """Goes over what the record of a set is to hold."""
     _ = record["sha256"], dict(record["needs"]), record["configuration"]["width"], float(record["seconds"])
     _ = record["reached"], record["distance"], int(record["examples"]), int(record["nonfinite"])
 
 
-def _keep(path: Path, made: FeatureSet, seconds: float) -> None:
+def _is_there(part: Path, made_of: dict[str, Any]) -> bool:
+    """Whether a part is finished; :class:`Problem` where it was made of other results than are here now."""
+    if not (part.exists() and part.with_suffix(".json").exists()):
+        return False
+    record = read_json(part.with_suffix(".json"), lambda record: (int(record["examples"]), dict(record["made_of"])))
+    require_begun_of(part, record["made_of"], made_of)
+    return True
+
+
+def _keep(path: Path, made: FeatureSet, seconds: float, made_of: dict[str, Any]) -> None:
     """Images rounded to 8 bits, which moves them by about 0.06 in L2."""
     images = (made.images * 255).round().clamp(0, 255).to(torch.uint8)
-    write_json(path.with_suffix(".json"), made.record() | {"seconds": seconds})
+    write_json(path.with_suffix(".json"), made.record() | {"seconds": seconds, "made_of": made_of})
     data = save({"images": images.contiguous(), "labels": made.labels})
     write(path, lambda partial: partial.write_bytes(data))
 

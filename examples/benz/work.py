@@ -123,6 +123,10 @@ class Benz(Lab):
                 raise Pending(f"{need} is not finished yet in {self.folder.path}, and {key} needs it")
             return sets.make(self, key, row, needs) if isinstance(row, SetRow) else self._pass_on(key, row, needs)
 
+    @classmethod
+    def networks_of(cls) -> dict[str, Any]:
+        return {key: row for key, row in cls.rows.items() if isinstance(row, Row)}
+
     def test(self, key: str) -> bool:
         return super().test(key) if isinstance(self.rows[key], Row) else True
 

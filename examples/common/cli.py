@@ -33,7 +33,7 @@ def parser(program: str, description: str | None, commands: Mapping[str, Command
     made.add_argument("row", nargs="?", help=rows)
     made.add_argument("--data", type=Path, default=Path("runs/cifar10"), help="CIFAR-10; downloaded to a new folder")
     made.add_argument("--out", type=Path, help=f"where results go (runs/{program})")
-    made.add_argument("--width", type=width, help="base width of the networks; that of the papers is 64 (16)")
+    made.add_argument("--width", type=width, help="base width of the networks (16)")
     made.add_argument("--seed", type=seed, default=0, help="(0)")
     made.add_argument("--budget", type=minutes, help="stop after so many minutes; the same command then goes on")
     made.add_argument("--device", type=device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ... (cpu)")

@@ -29,8 +29,7 @@ class Paper:
         description: for ``--help``.
         tables: results to text.
         findings: results to what is to be checked.
-        figures: results to files.
-        drawable: rows that the figures show, which are to be finished first.
+        figures: results to figures, by the names of their files.
     """
 
     lab: type[Lab]
@@ -67,7 +66,7 @@ class Paper:
         made = cli.parser(self.program, self.description, self.commands, f"one of {', '.join(rows)}")
         if networks := self.lab.networks:
             made.add_argument("--network", choices=networks, default=networks[0], help=f"({networks[0]})")
-        args = cli.parsed(made, argv, {"train": rows, "evaluate": rows, "choose": choices})
+        args = cli.parsed(made, argv, {"train": rows, "evaluate": self.lab.networks_of(), "choose": choices})
         args.scale = scales.QUICK if args.quick else scales.FULL
         return args
 

@@ -82,6 +82,10 @@ class Folder:
         published = self.path / f"{row}.safetensors"
         return published if published.exists() else self.interim(f"{row}.safetensors")
 
+    def begun(self, row: str) -> str:
+        """How messages name all that is kept of a row that is begun."""
+        return str(self.interim(f"{row}.*"))
+
     def make(self) -> None:
         """Makes the folders.
 

@@ -78,6 +78,11 @@ class Lab(Work, ABC):
     def tests(self, row: Any, model: nn.Module, x: Tensor, y: Tensor) -> Mapping[str, Test]:
         """What the finished network is measured by, each under a name; what is done of it is not done again."""
 
+    @classmethod
+    def networks_of(cls) -> dict[str, Any]:
+        """The rows that are networks: what can be evaluated."""
+        return dict(cls.rows)
+
     def make(self, key: str) -> bool:
         """Trains a row, or goes on with it; whether it is finished."""
         return train(self, key)
@@ -206,6 +211,11 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
     checkpoint, log = folder.interim(f"{key}.checkpoint"), folder.interim(f"{key}.calls.json")
     curve, epochs = folder.interim(f"{key}.measures.json"), lab.scale.epochs(row.epochs)
     goes_on = checkpoint.exists()
+    for path in (log, curve) if goes_on else ():
+        if not path.exists():
+            raise Problem(
+                f"{path} is missing, beside {checkpoint}: remove {folder.begun(key)}, and {key} is begun anew"
+            )
     measured = read_json(curve, look_at_measures)["measures"] if goes_on else []
     x, y = lab.images.tests(lab.scale.measured)
     model = lab.initial(row)
@@ -239,7 +249,8 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
             "needs": needs,
             "sha256": sha256,
             "snapshots": {
-                str(epoch): _hash(folder.interim(f"{key}.epoch{epoch}.safetensors")) for epoch in snapshots(row, epochs)
+                str(epoch): _hash(lab, key, folder.interim(f"{key}.epoch{epoch}.safetensors"))
+                for epoch in snapshots(row, epochs)
             },
             "seconds": round(sum(record.seconds for record in run.history), 1),
             "history": run.record()["history"],
@@ -310,5 +321,9 @@ def float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _hash(lab: Lab, key: str, path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        remedy = f"remove {lab.folder.begun(key)}, and {key} is begun anew"
+        raise Problem(f"cannot read {path} ({error.strerror}): {remedy}") from None

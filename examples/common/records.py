@@ -60,4 +60,7 @@ def look_at_tests(record: dict[str, Any]) -> None:
 def require_finite(key: str, logits: Tensor) -> None:
     """Raises :class:`Diverged` where outputs of a row are not finite."""
     if not bool(logits.isfinite().all()):
-        raise Diverged(f"{key} has diverged, its outputs are not finite: change its settings in rows.py, and remove it")
+        raise Diverged(
+            f"{key} has diverged, its outputs are not finite: change its settings in rows.py, and remove "
+            "what is kept of it"
+        )

@@ -14,7 +14,7 @@ from torch import nn
 
 from bnsurgery import CheckpointError, EpochRecord, Finetuning, adv_finetune
 from examples.common.data import Images
-from examples.common.files import Folder, Problem, origin, read_json, require_same, write_json
+from examples.common.files import Folder, Problem, origin, read_json, write_json
 
 
 @dataclass
@@ -65,11 +65,22 @@ class Work:
         before: list[dict[str, Any]] = []
         if goes_on and path.exists():
             record = read_json(path, lambda record: (list(record["calls"]), dict(record.get("needs", {}))))
-            require_same(path, record.get("needs", {}), needs or {})
+            require_begun_of(path, record.get("needs", {}), needs or {})
             before = record["calls"]
         calls = [*before, origin(self.program, self.folder.seed, self.device)]
         write_json(path, {"calls": calls, **({"needs": dict(needs)} if needs else {})})
         return calls
+
+
+def require_begun_of(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises :class:`Problem` unless something was begun of the results, or with the settings, that are here now."""
+    differs = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differs:
+        name = path.name.split(".")[0]
+        raise Problem(
+            f"what is begun of {name} was begun of another {', '.join(differs)} than is here now: remove "
+            f"{path.with_name(name)}.*, and it is begun anew"
+        )
 
 
 def tune(

@@ -11,6 +11,7 @@ from torch import Tensor
 from bnsurgery import bn_layers, fold_bn
 from bnsurgery.analysis import Histogram, histogram, weight_shift
 from bnsurgery.plots import plot_histograms, plot_normalized_weights
+from examples.common.drawing import blank
 from examples.common.files import write
 from examples.walter.results import PAPER_SHIFT, Results
 from examples.walter.rows import ROWS
@@ -39,12 +40,6 @@ def draw(results: Results) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def weights(results: Results) -> Figure:
     """Figure 1: gamma, beta, normalized weight and bias of the 8th BN layer."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -58,7 +53,7 @@ def weights(results: Results) -> Figure:
             "normalized weight m": affine.weight,
             "normalized bias b": affine.bias,
         }
-    figure = _figure(8, 6)
+    figure = blank(8, 6)
     names = list(found[ROWS[SHOWN[0]].name])
     for ax, name in zip(figure.subplots(2, 2).flat, names, strict=True):
         together = torch.cat([values[name] for values in found.values()]).double()
@@ -74,7 +69,7 @@ def means(results: Results) -> Figure:
     """Figure 2: the mean normalized weight of each layer."""
     folded = {key: results.folded(key) for key in SHOWN}
     shift = weight_shift(folded["normal"], folded["bn-params"])
-    figure = _figure(8, 4)
+    figure = blank(8, 4)
     ax = plot_normalized_weights({ROWS[key].name: folded[key] for key in SHOWN}, ax=figure.subplots())
     ax.set_title(
         f"BN PARAMS - NORMAL: {shift.mean:+.3f} on average over the layers (paper: {PAPER_SHIFT:+.3f})",
@@ -85,7 +80,7 @@ def means(results: Results) -> Figure:
 
 def predictions(results: Results) -> Figure:
     """Figure 3: confidences and logits, clean and under PGD-20."""
-    figure = _figure(8, 6)
+    figure = blank(8, 6)
     axes = figure.subplots(2, 2)
     for row, (what, label) in zip(axes, (("confidence", "confidence"), ("logits", "logit")), strict=True):
         for ax, kind in zip(row, ("clean", "adversarial"), strict=True):

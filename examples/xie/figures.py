@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bnsurgery.plots import plot_curves
+from examples.common.drawing import blank
 from examples.xie.rows import DEPTHS, KINDS, ROWS, key_of
 from examples.xie.work import Xie
 
@@ -16,12 +17,6 @@ def figures(lab: Any) -> dict[str, Figure]:
     """Those for which there are results."""
     made = {f"epochs-{depth}": epochs(lab, depth) for depth in DEPTHS} | {"depth": depths(lab)}
     return {name: figure for name, figure in made.items() if figure is not None}
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def epochs(lab: Xie, depth: int) -> Figure | None:
@@ -39,7 +34,7 @@ def epochs(lab: Xie, depth: int) -> Figure | None:
                 of[title] = [found[f"{prefix}{what}"] for found in record["measures"]]
     if not curves["clean"]:
         return None
-    figure = _figure(9, 3.6)
+    figure = blank(9, 3.6)
     titles = {"clean": "clean error (%)", "pgd": "robust error (%), PGD-10"}
     for ax, (what, of) in zip(figure.subplots(1, 2).flat, curves.items(), strict=True):
         plot_curves(range(len(next(iter(of.values())))), of, ylabel=f"{titles[what]}, ResNet-{depth}", ax=ax)
@@ -60,7 +55,7 @@ def depths(lab: Xie) -> Figure | None:
                 ]
     if not curves:
         return None
-    figure = _figure(5, 3.6)
+    figure = blank(5, 3.6)
     ax = plot_curves(DEPTHS, curves, ylabel="robust error (%), PGD-20", ax=figure.subplots())
     ax.set(xlabel="depth", xticks=DEPTHS)
     return figure

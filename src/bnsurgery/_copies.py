@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -70,6 +71,27 @@ def private_copy(
     return private
 
 
+def rebind(model: nn.Module, modules: list[nn.Module]) -> None:
+    """Binds methods anew that attributes of a copy hold of modules that took the place of others, in place.
+
+    ``copy.deepcopy`` binds the method of the class that was there.
+    """
+    new = {id(module) for module in modules}
+
+    def bound(value: Any) -> Any:
+        if isinstance(value, MethodType) and id(value.__self__) in new:
+            return getattr(value.__self__, value.__name__, value)
+        return value
+
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, (list, dict)):
+                for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                    value[key] = bound(part)
+            elif id(module) not in new and isinstance(value, MethodType):
+                vars(module)[name] = bound(value)
+
+
 @contextmanager
 def by_itself(model: nn.Module) -> Iterator[None]:
     """Raises where what runs in the block, a copy of the model, runs parts of the model itself.
@@ -124,7 +146,8 @@ def _copies_itself(module: nn.Module) -> bool:
     """Whether its class, unless it is one of torch's own, says how copy.deepcopy copies it."""
     methods = [getattr(type(module), name, None) for name in _COPYING]
     return any(
-        method is not getattr(nn.Module, name, None) and not getattr(method, "__module__", "").startswith("torch.")
+        method is not getattr(nn.Module, name, None)
+        and not getattr(method, "__module__", "").startswith(("torch.", "bnsurgery."))
         for name, method in zip(_COPYING, methods, strict=True)
     )
 

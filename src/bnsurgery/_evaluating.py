@@ -23,6 +23,7 @@ from bnsurgery._modes import global_state
 from bnsurgery._packing import Inside, Packed
 from bnsurgery._replica import Replica
 from bnsurgery._replicas import Replicas, can_attack_a_copy, craft_on_copy
+from bnsurgery._routing import by_example
 from bnsurgery.adapters import (
     AUTOATTACK_PARTS,
     autoattack,
@@ -36,7 +37,7 @@ from bnsurgery.adapters import (
 )
 from bnsurgery.attacks import PGD, attacking
 from bnsurgery.engine import Engine
-from bnsurgery.errors import BNSurgeryWarning
+from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
 from bnsurgery.layers import device_of, unwrap
 
 Build = Callable[["Run", int], Any]
@@ -190,6 +191,7 @@ def running(
     if (mean is None) != (std is None):
         raise ValueError("mean and std go together: give both or neither")
     root = unwrap(model)
+    require_one_way(root)
     device = device_of(root)
     with global_state(device):
         x, y = gather(data, batch_size, max_examples)
@@ -204,6 +206,15 @@ def running(
     with attacking(root), torch.autocast(device.type, enabled=False), kept:
         copies = None if switches is None else Replicas(root, switches, dtype=precision, compile=compile)
         yield Run(root, x, y, batch_size, copies, inside)
+
+
+def require_one_way(model: nn.Module) -> None:
+    """Raises :class:`BNSurgeryError` where examples take different branches of a split model, by their place."""
+    if by_example(model):
+        raise BNSurgeryError(
+            "batches are made here, and use_branch says of each example of a batch of its own which branch it takes: "
+            "choose one branch by its name"
+        )
 
 
 class Run:

@@ -6,6 +6,7 @@ Ilyas et al., "Adversarial Examples Are Not Bugs, They Are Features" (arXiv 1905
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from bnsurgery._geometry import Norm
 from bnsurgery.attacks import PGD
 from bnsurgery.engine import Engine, EngineLike, Precision, check_precision, chosen_engine, dtype_for
 from bnsurgery.errors import BNSurgeryError
-from bnsurgery.layers import named_modules, unwrap
+from bnsurgery.layers import named_modules, select, unwrap
 
 FeatureKind = Literal["random", "deterministic", "conflicting", "matched"]
 KINDS: tuple[FeatureKind, ...] = ("random", "deterministic", "conflicting", "matched")
@@ -38,7 +39,7 @@ class FeatureSet:
         sources: (M,), int64: labels of the inputs.
         kind: which kind.
         examples: inputs, N.
-        nonfinite: of these, those left out because what was made of them is not finite.
+        nonfinite: of these, those left out because the image or the network's outputs of it are not finite.
         reached: how many the network takes for their labels now; None of ``"matched"``.
         distance: of ``"matched"``, the mean distance to the features that were to be matched, relative to their mean
             length, before and after; else None.
@@ -95,9 +96,10 @@ def feature_dataset(
         kind: ``"random"`` (D_rand): each input attacked towards a target, drawn from all classes alike, and labelled
             with it: of what goes with the labels there are but the non-robust features. ``"deterministic"`` (D_det):
             the same with the class after the input's own as target, so that robust features go with another label.
-            ``"conflicting"``: the same again; of a ``"matched"`` set of a robust network and made on a standard one,
-            robust features go with label y, and non-robust ones with y + 1, which is the label. A network trained on
-            it says y + 1 of ordinary images where it goes by robust features, and y where by the others.
+            ``"conflicting"``: the same again, of other data: given the images and labels y of a ``"matched"`` set that
+            a robust network made, and made on a standard one, robust features go with y, and non-robust ones with
+            y + 1, which is the label. A network trained on it says y + 1 of ordinary images where it goes by robust
+            features, and y where by the others.
             ``"matched"`` (D_R of a robust network, D_NR of a standard one): from another input, the features of this
             one, and its label: only what the network itself uses goes with the labels.
         eps: radius of the attack in pixel units; ``"matched"`` has none but the bounds.
@@ -200,9 +202,7 @@ def _layer(model: nn.Module, features: str | None) -> str:
         if not linear:
             raise ValueError("the model has no linear layer: say features=, the layer whose input is to be matched")
         return linear[-1]
-    if features not in names:
-        raise ValueError(f"features={features!r} is no layer of the model; there are {', '.join(list(names)[-3:])}")
-    return features
+    return next(iter(select(names, features, "features")))
 
 
 class _Making:
@@ -228,6 +228,12 @@ class _Making:
         return attack.run(search, x, y).cpu()
 
 
+def _left_out(made: Tensor, which: Tensor) -> Tensor:
+    """Images (N, ...) with NaN where they are not to count, which is then found and counted."""
+    made[which] = math.nan
+    return made
+
+
 class _Targeted(_Making):
     """By an attack towards other labels."""
 
@@ -242,8 +248,9 @@ class _Targeted(_Making):
     def __call__(self, rows: Tensor) -> Tensor:
         made = self._search(self._attack, self._run.x[rows], self.labels[rows])
         logits = self._run.logits(rows, made)
-        self.reached = (self.reached or 0) + int((logits.argmax(1) == self.labels[rows]).sum())
-        return made
+        finite = logits.isfinite().all(1)
+        self.reached = (self.reached or 0) + int(((logits.argmax(1) == self.labels[rows]) & finite).sum())
+        return _left_out(made, ~finite)
 
 
 class _Matched(_Making):
@@ -258,14 +265,20 @@ class _Matched(_Making):
             raise ValueError(
                 f"starts must have the shape of the inputs, {tuple(run.x.shape)}, got {tuple(starts.shape)}"
             )
-        elif run.inside is not None:
-            starts = run.inside.pixels(starts)
+        else:
+            starts = starts.float() if run.inside is None else run.inside.pixels(starts)
+            low, high = (float(value) for value in torch.aminmax(starts))
+            if not (attack.bounds[0] - 1e-4 <= low and high <= attack.bounds[1] + 1e-4):
+                raise ValueError(f"starts must lie in bounds={attack.bounds}, got values from {low:.4g} to {high:.4g}")
+            starts = starts.clamp(*attack.bounds)
         self._starts = starts
-        self._lengths: list[tuple[float, float, float]] = []
+        self._lengths: list[list[float]] = []
 
     @property
     def distance(self) -> tuple[float, float] | None:  # type: ignore[override]
         """Before and after, relative to the length of what was to be matched."""
+        if not self._lengths:
+            return None
         length, before, after = (sum(values) for values in zip(*self._lengths, strict=True))
         return before / max(length, 1e-12), after / max(length, 1e-12)
 
@@ -287,9 +300,10 @@ class _Matched(_Making):
             bounds=self._attack.bounds,
         )
         made = self._search(attack, start, torch.zeros_like(rows))
-        before, after = (float((self._features(x) - wanted).norm(dim=1).sum()) for x in (start, made))
-        self._lengths.append((float(wanted.norm(dim=1).sum()), before, after))
-        return made
+        lengths = torch.stack([wanted.norm(dim=1), *((self._features(x) - wanted).norm(dim=1) for x in (start, made))])
+        finite = lengths.isfinite().all(0)
+        self._lengths += lengths[:, finite].T.tolist()
+        return _left_out(made, ~finite.cpu())
 
     def _features(self, x: Tensor) -> Tensor:
         with torch.no_grad():

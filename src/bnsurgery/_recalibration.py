@@ -264,12 +264,16 @@ class Run:
                 buffers["running_var"].copy_(variance)
                 if "num_batches_tracked" in buffers:
                     buffers["num_batches_tracked"].copy_(torch.as_tensor(self.batches if tracked is None else tracked))
+        counts = {name: value.elements for name, value in written.items()}
+        for group in self._sharing():  # whose statistics are written with those of another
+            reached = [name for name in group if name in written]
+            counts.update({name: counts[reached[0]] for name in group if reached and name not in written})
         return Recalibration(
-            layers=tuple(name for name in self.layers if name in written),
-            kept=tuple(name for name in self.layers if name not in written),
+            layers=tuple(name for name in self.layers if name in counts),
+            kept=tuple(name for name in self.layers if name not in counts),
             batches=self.batches,
             left_out=self.left_out,
-            elements={name: written[name].elements for name in self.layers if name in written},
+            elements={name: counts[name] for name in self.layers if name in counts},
             estimator=estimator,
         )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.layers import PARAMETERS, STATISTICS, label
@@ -70,48 +73,55 @@ class Router:
     def __init__(self, branches: Sequence[str], default: Routing) -> None:
         self.branches, self.default = tuple(branches), default
         self._own = threading.local()
-        self._stacks: dict[int, list[Routing]] = {}  # of all threads that have chosen something
+        self._last: dict[int, Routing] = {}  # by thread, where its last pass went
 
     @property
     def chosen(self) -> Routing | None:
         """What this thread has chosen by :meth:`choosing`, if anything."""
         own = getattr(self._own, "stack", None)
-        return own[-1] if own else None
+        return own[-1][0] if own else None
 
     def selected(self) -> Routing:
         """Where passes of this thread go."""
         own = getattr(self._own, "stack", None)
         if own:
-            return own[-1]  # type: ignore[no-any-return]
-        if self._stacks and not torch.compiler.is_compiling() and _of_the_system():
+            return own[-1][0]  # type: ignore[no-any-return]
+        if self._last and not torch.compiler.is_compiling() and _of_the_system():
             return self._on_behalf()
         return self.default
+
+    def passing(self) -> Routing:
+        """As :meth:`selected`, for a pass that is being made; threads that work for this one follow it."""
+        routing = self.selected()
+        if not torch.compiler.is_compiling() and not _of_the_system():
+            self._last[threading.get_ident()] = routing
+        return routing
 
     @contextmanager
     def choosing(self, routing: Routing) -> Iterator[None]:
         """Sends the passes of this thread there, for the block."""
         if not hasattr(self._own, "stack"):
             self._own.stack = []
-        stack: list[Routing] = self._own.stack
-        stack.append(routing)
-        self._stacks[threading.get_ident()] = stack
+        stack: list[tuple[Routing]] = self._own.stack
+        entry = (routing,)
+        stack.append(entry)
         try:
             yield
-        finally:
-            stack.pop()
-            if not stack:
-                self._stacks.pop(threading.get_ident(), None)
+        finally:  # blocks of generators may end in another order than they began
+            stack[:] = [held for held in stack if held is not entry]
 
     def _on_behalf(self) -> Routing:
-        """For a thread that works for another one, which it cannot name: what is in force there."""
-        chosen = [stack[-1] for stack in list(self._stacks.values()) if stack]
-        if len({_key(routing) for routing in chosen}) > 1:
+        """For a thread that works for another one, which it cannot name: where the last passes went."""
+        alive = {thread.ident for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)}
+        self._last = {thread: routing for thread, routing in self._last.items() if thread in alive}
+        routings = {_key(routing): routing for routing in self._last.values()}
+        if len(routings) > 1:
             raise BNSurgeryError(
                 "threads use several branches at once, and a part of the model is run again in a backward pass on an "
                 "accelerator, which does not know for which of them: leave activation checkpointing out, or use one "
                 "thread"
             )
-        return chosen[0] if chosen else self.default
+        return next(iter(routings.values()), self.default)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"branches": self.branches, "default": self.selected()}
@@ -134,18 +144,21 @@ class SplitBatchNorm(nn.Module):
         place: the qualified name of the layer that was split, for messages.
     """
 
-    def __init__(self, branches: dict[str, nn.Module], router: Router, *, share: Share, place: str) -> None:
+    def __init__(self, router: Router, *, share: Share, place: str) -> None:
         super().__init__()
         self.router, self.share, self.place = router, share, place
+        self.register_load_state_dict_post_hook(_tie)  # type: ignore[no-untyped-call]
+
+    def fill(self, branches: dict[str, nn.Module]) -> None:
+        """Takes its layers."""
         for name, layer in branches.items():
             self.add_module(name, layer)
         self.training = next(iter(branches.values())).training
-        self.register_load_state_dict_post_hook(_tie)  # type: ignore[no-untyped-call]
         self.tie()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch names it
         """BN of x (N, C, ...), each example through its branch."""
-        routing = self.router.selected()
+        routing = self.router.passing()
         if isinstance(routing, str):
             outputs: Tensor = self.branch(routing)(input)
             return outputs
@@ -158,6 +171,8 @@ class SplitBatchNorm(nn.Module):
             input = _picked(input, routing.order)  # noqa: A001
         parts = torch.split(input, [size for _, size in routing.runs])
         made = [self.branch(name)(part) for (name, _), part in zip(routing.runs, parts, strict=True)]
+        if not made:  # of no examples at all
+            made = [self.branch(self.router.branches[0])(input)]
         joined = torch.cat(made) if len(made) != 1 else made[0]
         return joined if routing.back is None else _picked(joined, routing.back)
 
@@ -168,22 +183,57 @@ class SplitBatchNorm(nn.Module):
         return layer
 
     def tie(self) -> None:
-        """Lets all branches hold what they share: the tensors of the first."""
-        first, *others = (self.branch(name) for name in self.router.branches)
-        for other in others:
-            if self.share == "statistics":
-                for name in STATISTICS:
-                    if name in other._buffers:
-                        other._buffers[name] = first._buffers[name]
-            elif self.share == "parameters":
-                for name in PARAMETERS:
-                    if name in other._parameters:
-                        other._parameters[name] = first._parameters[name]
-                if "parametrizations" in other._modules:
-                    other._modules["parametrizations"] = first._modules["parametrizations"]
+        """Lets all branches hold what they share: the tensors of the first that has them."""
+        layers = [self.branch(name) for name in self.router.branches]
+        layers = [layer for layer in layers if isinstance(layer, _BatchNorm)]  # of a fused copy one may be none
+        for name in self.shared:
+            for held in ("_parameters", "_buffers", "_modules"):
+                having = [getattr(layer, held) for layer in layers if name in getattr(layer, held)]
+                for other in having[1:]:
+                    other[name] = having[0][name]
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The names of what the branches hold together."""
+        return {"none": (), "parameters": (*PARAMETERS, "parametrizations"), "statistics": STATISTICS}[self.share]
 
     def extra_repr(self) -> str:
         return f"share={self.share!r}"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            first = next(iter(self.__dict__.get("_modules", {}).items()), None)
+            if first is None or not hasattr(first[1], name):
+                raise
+            raise AttributeError(
+                f"{label(self.place, self)} has no {name!r} of its own, its branches have: take "
+                f"{'.'.join(filter(None, (self.place, first[0], name)))}, or that of another branch"
+            ) from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        kept = _KEPT.get()
+        if kept is not None:
+            layer: nn.Module = copy.deepcopy(self.branch(kept), memo)
+            return layer
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        return made
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        errors: list[str] = list(args).pop()
+        values: dict[str, Tensor] = {}
+        for key in (key for key in state_dict if key.startswith(prefix)):
+            local = key.removeprefix(prefix).partition(".")[2]
+            if local.partition(".")[0] not in self.shared:
+                continue
+            if not torch.equal(values.setdefault(local, state_dict[key]).cpu(), state_dict[key].cpu()):
+                errors.append(
+                    f"{label(self.place, self)} shares {self.share}, and {key!r} differs from another branch's"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SplitBatchNorm:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # it makes a buffer anew for each who holds it
@@ -202,6 +252,19 @@ def _picked(x: Tensor, rows: Tensor) -> Tensor:
     if moved.is_contiguous() and not x.is_contiguous():
         return moved.index_select(0, rows).movedim(-1, 1)
     return x.index_select(0, rows)
+
+
+@contextmanager
+def keeping(branch: str) -> Iterator[None]:
+    """While a model is copied in the block, this branch takes the place of each split layer."""
+    token = _KEPT.set(branch)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+_KEPT: ContextVar[str | None] = ContextVar("kept branch", default=None)
 
 
 def _tie(layer: SplitBatchNorm, _incompatible: object) -> None:

@@ -7,7 +7,7 @@ features are that a network uses.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bnsurgery._allocator import keeping_memory
-from bnsurgery._data import Data, check_labels, gather
+from bnsurgery._data import Data, check_bounds, check_labels, gather
+from bnsurgery._evaluating import require_one_way
 from bnsurgery._modes import global_state
 from bnsurgery._replicas import Replicas
 from bnsurgery.attacks import Loss, attacking, cross_entropy
@@ -67,6 +68,7 @@ def input_gradient_similarity(
     *,
     sigma: float = 0.01,
     loss: Loss = cross_entropy,
+    bounds: tuple[float, float] = (0.0, 1.0),
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     batch_size: int = 250,
@@ -87,6 +89,7 @@ def input_gradient_similarity(
             held in memory.
         sigma: standard deviation of the noise in pixel units, above 0.
         loss: logits (N, K) and labels (N,) to a loss for each example (N,).
+        bounds: lowest and highest valid input, in pixel units; the noise may leave them.
         mean: per-channel mean by which ``data`` was normalised, if it was: noise and gradients are of the pixels.
         std: per-channel standard deviation likewise.
         batch_size: examples run at once.
@@ -99,7 +102,8 @@ def input_gradient_similarity(
         The cosines, and how many examples have none.
 
     Raises:
-        ValueError: no data, wrong shapes, labels or an argument out of range.
+        ValueError: no data, wrong shapes, labels, inputs or an argument out of range.
+        BNSurgeryError: examples take different branches of a split model.
 
     Example:
         >>> import torch
@@ -116,45 +120,58 @@ def input_gradient_similarity(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if (mean is None) != (std is None):
         raise ValueError("mean and std go together: give both or neither")
-    if std is not None and not all(value > 0 for value in std):
-        raise ValueError(f"std must be above 0, got {std}")
     switches = chosen_engine(engine)
     root, device = unwrap(model), device_of(model)
+    require_one_way(root)
     with global_state(device):
         x, y = gather(data, batch_size, max_examples)
-    # The noise of a pixel is that much larger in units of what the model is given, and its gradient the other way.
-    scale = torch.as_tensor([1.0] if std is None else std, dtype=widest(device)).flatten()
-    if x.dim() < 2 or len(scale) not in (1, x.shape[1]):
-        raise ValueError(f"std must hold {x.shape[1]} values to go with x {tuple(x.shape)}, got {len(scale)}")
-    scale = scale.view(1, -1, *[1] * (x.dim() - 2)).to(device)
+    dtype = next((parameter.dtype for parameter in root.parameters() if parameter.is_floating_point()), x.dtype)
+    wide = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
+    shift, scale = (_channels(name, given, x, wide) for name, given in (("mean", mean), ("std", std)))
+    pixels = x.to(wide) * scale + shift
+    check_bounds(pixels, bounds)
     generator = torch.Generator().manual_seed(seed)
     kept = keeping_memory(device, wanted=switches is not None and switches.keep_memory)
     found: list[tuple[Tensor, Tensor]] = []
     with attacking(root), torch.autocast(device.type, enabled=False), kept, global_state(device, seed):
         copies = None if switches is None else Replicas(root, switches, dtype=None, compile=False)
-        for part, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+        shift, scale = shift.to(device), scale.to(device)
+        for part, labels in zip(torch.split(pixels, batch_size), torch.split(y, batch_size), strict=True):
             noise = sigma * torch.randn(part.shape, generator=generator)
-            clean, labels = part.to(device), labels.to(device)
-            replica = None if copies is None else copies.fresh(clean)
+            pair = part.to(device), (part + noise).to(device)
+            replica = None if copies is None else copies.fresh(((pair[0] - shift) / scale).to(dtype))
             net = root if replica is None else replica.net
-            near = clean + (noise.to(device) / scale).to(clean.dtype)
-            found.append((_gradient(net, clean, labels, loss) / scale, _gradient(net, near, labels, loss) / scale))
-            found[-1] = _cosines(*found[-1])
+
+            def logits(near: Tensor, net: nn.Module = net) -> Tensor:
+                made: Tensor = net(((near - shift) / scale).to(dtype))
+                return made.to(torch.promote_types(made.dtype, torch.float32))
+
+            found.append(_cosines(*(_gradient(logits, near, labels.to(device), loss) for near in pair)))
     cosines, lengths = (torch.cat(values).cpu() for values in zip(*found, strict=True))
-    finite = lengths.isfinite() & cosines.isfinite() | (lengths == 0)
+    finite = (lengths.isfinite() & cosines.isfinite()) | (lengths == 0)
     counts = finite & (lengths > 0)
     zero, nonfinite = int((lengths == 0).sum()), int((~finite).sum())
     return GradientSimilarity(cosines[counts], len(cosines), zero, nonfinite)
 
 
-def _gradient(net: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> Tensor:
-    """Of the loss with respect to inputs (N, ...), of their shape."""
-    x = x.detach().requires_grad_()
+def _channels(name: str, given: Sequence[float] | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``mean`` or ``std`` in a shape that goes with x (N, C, ...); by default 0 or 1."""
+    values = torch.as_tensor([float(name == "std")] if given is None else given, dtype=dtype).flatten()
+    if len(values) not in (1, x.shape[1]):
+        raise ValueError(f"{name} must hold {x.shape[1]} values to go with x {tuple(x.shape)}, got {len(values)}")
+    if name == "std" and not bool((values > 0).all()):
+        raise ValueError(f"std must be above 0, got {given}")
+    return values.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _gradient(logits: Callable[[Tensor], Tensor], pixels: Tensor, y: Tensor, loss: Loss) -> Tensor:
+    """Of the loss with respect to pixels (N, ...), of their shape, in float64 where the device has it."""
+    pixels = pixels.detach().requires_grad_()
     with torch.enable_grad():
-        logits = net(x)
-        check_labels(y, logits)
-        (gradient,) = torch.autograd.grad(loss(logits.to(torch.promote_types(logits.dtype, torch.float32)), y).sum(), x)
-    return gradient
+        made = logits(pixels)
+        check_labels(y, made)
+        (gradient,) = torch.autograd.grad(loss(made, y).sum(), pixels)
+    return gradient.to(widest(pixels.device))
 
 
 def _cosines(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,8 @@ def transfer_matrix(
         (('one', 'other'), 2, 8)
     """
     if not isinstance(models, Mapping) or not models:
-        raise ValueError(f"models must be a mapping from names to modules, at least one, got {type(models).__name__}")
+        got = "none" if isinstance(models, Mapping) else f"a {type(models).__name__}"
+        raise ValueError(f"models must be a mapping from names to modules, at least one, got {got}")
     for name, model in models.items():
         if not isinstance(model, nn.Module):
             raise TypeError(f"models[{name!r}] must be a torch.nn.Module, got a {type(model).__name__}")
@@ -140,8 +141,11 @@ def transfer_matrix(
     everything = torch.arange(len(pair[1]))
     right: dict[str, Tensor] = {}
     for name, model in models.items():
-        with opened(model) as run:
-            right[name] = run.clean()
+        try:
+            with opened(model) as run:
+                right[name] = run.clean()
+        except ValueError as error:  # noqa: PERF203 - of a few models
+            raise ValueError(f"models[{name!r}]: {error}") from None
     wrong, broken = [], []
     for source in models.values():
         with opened(source) as run:

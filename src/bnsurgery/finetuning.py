@@ -386,10 +386,12 @@ def _check_warmup(eps_warmup: int, epochs: int, attack: Any) -> None:
 def _parted(model: nn.Module, branches: tuple[str, str]) -> bool:
     """Whether the examples of a batch are to take these branches: the model is split, and none has been chosen."""
     found = routers(model)
+    if not isinstance(branches, (tuple, list)) or len(branches) != 2:
+        raise ValueError(f"branches must be two, for clean and for adversarial examples, got {branches!r}")
+    if not found and tuple(branches) != ("clean", "adv"):
+        raise ValueError(f"branches={branches!r}, and no BN layer is split: use split_bn, which returns a copy")
     if not found or all(router.chosen is not None for router in found):
         return False
-    if isinstance(branches, str) or len(branches) != 2:
-        raise ValueError(f"branches must be two, for clean and for adversarial examples, got {branches!r}")
     try:
         require_branches(model, branches)
     except ValueError as error:
@@ -400,9 +402,9 @@ def _parted(model: nn.Module, branches: tuple[str, str]) -> bool:
 def _check_consistent(consistent_bn_after: int | None, epochs: int, train: str, model: nn.Module) -> None:
     if consistent_bn_after is None:
         return
-    if not (0 <= consistent_bn_after < epochs and int(consistent_bn_after) == consistent_bn_after):
+    if not (isinstance(consistent_bn_after, int) and 0 <= consistent_bn_after < epochs):
         raise ValueError(
-            f"consistent_bn_after must be a whole number from 0 to below epochs={epochs}, got {consistent_bn_after}"
+            f"consistent_bn_after must be a whole number from 0 to below epochs={epochs}, got {consistent_bn_after!r}"
         )
     if train == "bn-stats":
         raise ValueError("consistent_bn_after holds the statistics, and with train='bn-stats' nothing else moves")

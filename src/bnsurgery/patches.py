@@ -206,6 +206,12 @@ def _check(targets: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
             values.append(f"{name} is not finite")
         elif name.endswith("running_var") and bool((value.to(target.dtype) < 0).any()):
             values.append(f"{name} is negative")
+    shared_by: dict[int, str] = {}
+    for name, (target, value) in shared.items():
+        first = shared_by.setdefault(id(target), name)
+        both = isinstance(value, Tensor) and isinstance(state[first], Tensor)
+        if first != name and both and not torch.equal(value.cpu(), state[first].cpu()):
+            values.append(f"{name} differs from {first}, and the model holds them together")
     if shapes:
         problems.append(f"mis-shaped: {_some(shapes)}")
     if values:

@@ -243,7 +243,7 @@ def plot_feature_set(
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ValueError: the images are of another shape, or there is none.
+        ValueError: the images are of another shape or range, or there is none; a class has no name.
 
     Example:
         >>> import torch
@@ -258,6 +258,14 @@ def plot_feature_set(
     images = made.images[:count].detach().float().cpu()
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"made must hold images (N, C, H, W) of 1 or 3 channels, got {tuple(made.images.shape)}")
+    low, high = (float(value) for value in torch.aminmax(images))
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise ValueError(
+            f"made must hold images in [0, 1], got values from {low:.3g} to {high:.3g}: undo mean= and std="
+        )
+    most = int(max(made.sources[:count].max(), made.labels[:count].max()))
+    if classes is not None and most >= len(classes):
+        raise ValueError(f"classes must name {most + 1} classes at least, got {len(classes)}")
     ax = _axes(ax)
     side = images.expand(-1, 3, -1, -1).clamp(0, 1).permute(2, 0, 3, 1)
     ax.imshow(side.reshape(side.shape[0], -1, 3).numpy(), interpolation="nearest")

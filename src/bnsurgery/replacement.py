@@ -6,18 +6,19 @@ network for images, their LayerNorm is GroupNorm with one group.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from bnsurgery._copies import private_copy
+from bnsurgery._copies import private_copy, rebind
 from bnsurgery._refusals import has_activation, knows_forward
-from bnsurgery._substitution import substituted
+from bnsurgery._routing import SplitBatchNorm
 from bnsurgery._tracing import is_hooked
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.folding import read
@@ -59,21 +60,29 @@ class Replaced(NamedTuple):
 
 
 def replace_bn(
-    model: nn.Module, kind: Kind | Make, *, groups: int = 32, layers: str | Iterable[str] | None = None
+    model: nn.Module,
+    kind: Kind | Make,
+    *,
+    groups: int = 32,
+    carry: bool = True,
+    layers: str | Iterable[str] | None = None,
 ) -> Replaced:
     """Puts another normalization, or none, in the place of each BN layer; returns a copy and a report.
 
     Statistics go, eps stays. Gamma and beta stay where they mean the same, a scale and a shift of each normalized
-    channel: in GroupNorm and InstanceNorm. Timm's BatchNormAct2d leaves its dropout and activation behind. A layer that
-    is used in several places is replaced in all of them by one.
+    channel: in GroupNorm, InstanceNorm and BN. Timm's BatchNormAct2d leaves its dropout and activation behind, unless a
+    function returns what has an activation ``act`` of its own. A layer that is used in several places is replaced in
+    all of them by one.
 
     Args:
         model: any module with BN layers; wrapped ones are looked through, and the copy is without wrappers.
         kind: ``"group"``: GroupNorm. ``"layer"``: GroupNorm with one group, over channels and positions together.
-            ``"instance"``: each channel of each example by itself: InstanceNorm of as many dimensions, or, where the
-            class does not say how many (SyncBatchNorm), GroupNorm with one channel a group. ``"none"``: Identity. Or a
-            function from the BN layer, in the copy, to the module that takes its place.
+            ``"instance"``: each channel of each example by itself: InstanceNorm2d or InstanceNorm3d, or, of other
+            classes, an InstanceNorm of any number of dimensions; the inputs must have positions, (N, C, ...).
+            ``"none"``: Identity. Or a function from a copy of the BN layer to the module that takes its place.
         groups: of GroupNorm, in how many groups channels are: a divisor of their number.
+        carry: whether gamma and beta are carried over; with ``False`` they are as in a new layer, or as the function
+            made them.
         layers: qualified names or globs of the layers to replace; all by default.
 
     Returns:
@@ -83,10 +92,10 @@ def replace_bn(
     Raises:
         NoBatchNormError: there is no BN layer.
         ValueError: an unknown kind, ``groups`` that does not divide the channels of a layer, or a pattern that matches
-            nothing.
+            nothing; the function returned one module for several layers.
         TypeError: the function returned no module.
-        BNSurgeryError: a layer has hooks, or a ``forward`` of its own, which may do more than normalise; it is lazy or
-            on the meta device; or the model cannot be copied.
+        BNSurgeryError: the model is split; a layer has hooks, or a ``forward`` of its own, which may do more than
+            normalise; it is lazy or on the meta device; or the model cannot be copied.
 
     Example:
         >>> import torch
@@ -100,37 +109,47 @@ def replace_bn(
     if not callable(kind) and kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))} or a function, got {kind!r}")
     found = bn_layers(model)
+    for name, module in named_modules(model):
+        if isinstance(module, SplitBatchNorm):
+            raise BNSurgeryError(f"{label(name, module)} is split: use keep_branch first")
     chosen = found if layers is None else select(found, layers, "layers")
     for name, layer in chosen.items():
         _check(name, layer, kind, groups)
-    private = private_copy(model, error=BNSurgeryError)
-    own = dict(named_modules(private))
-    swap: dict[int, nn.Module] = {}
+    memo: dict[int, Any] = {}
     words: dict[str, str] = {}
     carried: list[str] = []
     dropped: list[str] = []
-    for name in chosen:
-        layer = cast(_BatchNorm, own[name])
-        new = kind(layer) if callable(kind) else _made(layer, kind, groups)
+    taken: dict[int, str] = {}
+    held: list[nn.Module] = []  # so that no other module gets their ids
+    for name, layer in chosen.items():
+        own = copy.deepcopy(layer)
+        new = kind(own) if callable(kind) else _made(layer, kind, groups)
+        held.append(new)
         if not isinstance(new, nn.Module):
             raise TypeError(f"kind must return a module, got a {type(new).__name__} for {label(name, layer)}")
+        if id(new) in taken:
+            raise ValueError(f"kind returned the same module for {taken[id(new)]!r} and {name!r}: make one for each")
+        taken[id(new)] = name
         if any(trainable_parts(layer, part) for part in PARAMETERS):
-            (carried if _carried(layer, new) else dropped).append(name)
+            (carried if (carry and _carried(layer, new)) or new is own else dropped).append(name)
         words[name] = repr(new)
-        swap[id(layer)] = _with_activation(layer, new).train(layer.training)
+        memo[id(layer)] = _with_activation(own, new).train(layer.training)
     frozen = [name for name, module in named_modules(model) if is_frozen_bn(module)]
     kept = (*(name for name in found if name not in chosen), *frozen)
-    return Replaced(substituted(private, swap), Replacement(words, tuple(carried), tuple(dropped), kept))
+    new_layers = list(memo.values())
+    private = private_copy(model, memo, error=BNSurgeryError)
+    rebind(private, new_layers)
+    return Replaced(private, Replacement(words, tuple(carried), tuple(dropped), kept))
 
 
 def _check(name: str, layer: _BatchNorm, kind: Kind | Make, groups: int) -> None:
     """Raises where a layer cannot be replaced."""
     channels = layer.num_features
-    if kind == "group" and (groups < 1 or channels % groups):
+    if kind == "group" and (not isinstance(groups, int) or groups < 1 or channels % groups):
         divisors = ", ".join(str(number) for number in range(1, channels + 1) if channels % number == 0)
         raise ValueError(
-            f"groups={groups} does not divide the {channels} channels of {label(name, layer)}: take one of {divisors}, "
-            "or replace layers of other widths by themselves, with layers="
+            f"groups={groups!r} does not divide the {channels} channels of {label(name, layer)}: take one of "
+            f"{divisors}, or replace layers of other widths by themselves, with layers="
         )
     if is_hooked(layer):
         raise BNSurgeryError(f"{label(name, layer)} has hooks, which would be lost: remove them, or leave it out")
@@ -175,7 +194,7 @@ def _carried(layer: _BatchNorm, new: nn.Module) -> bool:
 
 def _with_activation(layer: _BatchNorm, new: nn.Module) -> nn.Module:
     """With timm's dropout and activation after it, where the BN layer has them."""
-    if not has_activation(layer):
+    if not has_activation(layer) or hasattr(new, "act"):  # it brings its own
         return new
     parts = {"norm": new, "drop": cast(nn.Module, layer.drop), "act": cast(nn.Module, layer.act)}
     return nn.Sequential(OrderedDict(parts))

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnsurgery._copies import private_copy
+from bnsurgery._copies import private_copy, rebind
 from bnsurgery._data import describe
-from bnsurgery._routing import SHARES, Router, Routing, Rows, Share, SplitBatchNorm, routers
-from bnsurgery._substitution import substituted
+from bnsurgery._routing import SHARES, Router, Routing, Rows, Share, SplitBatchNorm, keeping, routers
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.layers import bn_layers, device_of, label, named_modules, require_statistics, select, unwrap
 
@@ -88,15 +87,19 @@ def split_bn(
     if share == "statistics":
         for name, layer in chosen.items():
             require_statistics(name, layer, "share='statistics'")
-    private = private_copy(model, error=BNSurgeryError)
-    own = dict(named_modules(private))
     router = Router(names, names[0])
-    swap: dict[int, nn.Module] = {}
-    for name in chosen:
-        first = own[name]
-        copies = {branch: _again(first, private) for branch in names[1:]}
-        swap[id(first)] = SplitBatchNorm({names[0]: first, **copies}, router, share=share, place=name)
-    return substituted(private, swap)
+    shells = {name: SplitBatchNorm(router, share=share, place=name) for name in chosen}
+    memo: dict[int, Any] = {id(layer): shells[name] for name, layer in chosen.items()}
+    private = private_copy(model, memo, error=BNSurgeryError)
+    rebind(private, list(shells.values()))
+    made: dict[str, dict[str, nn.Module]] = {name: {} for name in chosen}
+    for number, branch in enumerate(names):
+        of_branch = _without(memo, list(chosen.values()), parts=number > 0)
+        for name, layer in chosen.items():
+            made[name][branch] = _copied(layer, of_branch)
+    for name, shell in shells.items():
+        shell.fill(made[name])
+    return private
 
 
 @contextmanager
@@ -168,9 +171,10 @@ def keep_branch(model: nn.Module, branch: str) -> nn.Module:
     """
     for router in _routers(model):
         _require(router, branch)
-    private = private_copy(model, error=BNSurgeryError)
-    split = [module for module in private.modules() if isinstance(module, SplitBatchNorm)]
-    return substituted(private, {id(module): module.branch(branch) for module in split})
+    with keeping(branch):
+        private = private_copy(model, error=BNSurgeryError)
+    rebind(private, list(bn_layers(private, strict=False).values()))
+    return private
 
 
 def selected(model: nn.Module, purpose: str) -> nn.Module:
@@ -209,11 +213,29 @@ def _checked(branches: Sequence[str]) -> tuple[str, ...]:
     return tuple(branches)
 
 
-def _again(layer: nn.Module, model: nn.Module) -> nn.Module:
-    """A layer once more; what is outside of it, which its hooks may refer to, is not copied."""
-    inside = {id(part) for part in (*layer.modules(), *layer.parameters(), *layer.buffers())}
-    parts: list[Any] = [*model.modules(), *model.parameters(), *model.buffers()]
-    return copy.deepcopy(layer, {id(part): part for part in parts if id(part) not in inside})
+def _without(memo: dict[int, Any], layers: list[nn.Module], *, parts: bool) -> dict[int, Any]:
+    """What ``copy.deepcopy`` has made of a model, without these layers, and without their tensors where ``parts``.
+
+    What is outside of them, which their hooks may refer to, is then that of the copy. What ties the first branch to it
+    stays; the others have tensors of their own.
+    """
+    inside = [part for layer in layers for part in (*layer.parameters(), *layer.buffers())] if parts else []
+    modules = {id(module) for layer in layers for module in layer.modules()}
+    left = {key: value for key, value in memo.items() if key not in modules | {id(part) for part in inside}}
+    storages: dict[Any, Any] = left.get("torch", {})  # type: ignore[call-overload]  # torch's own key in it
+    own = {part.untyped_storage()._cdata for part in inside}
+    left["torch"] = {key: value for key, value in storages.items() if key not in own}  # type: ignore[index]
+    return left
+
+
+def _copied(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(layer, memo)
+    except Exception as reason:
+        raise BNSurgeryError(
+            f"{type(layer).__name__} cannot be copied ({type(reason).__name__}: {reason}), and this is done on a copy: "
+            "make it work with copy.deepcopy"
+        ) from reason
 
 
 def _routers(model: nn.Module) -> list[Router]:
@@ -226,7 +248,9 @@ def _routers(model: nn.Module) -> list[Router]:
 
 
 def _routing(router: Router, branch: str | Tensor, model: nn.Module) -> Routing:
-    if not isinstance(branch, Tensor):
+    if not isinstance(branch, (str, Tensor)):
+        raise ValueError(f"branch must be a name, or a tensor of integers (N,), got {describe(branch)}")
+    if isinstance(branch, str):
         _require(router, branch)
         return branch
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
