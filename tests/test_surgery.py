@@ -383,6 +383,13 @@ def test_blocks_may_end_in_another_order_than_they_began() -> None:
     assert torch.equal(layer(x), layer.a(x))
 
 
+def test_threads_that_are_gone_are_forgotten() -> None:
+    layer, x = split_bn(nn.BatchNorm1d(3)).eval(), torch.rand(4, 3)
+    layer.router._last = {-number: "adv" for number in range(1, 200)}  # no thread has such a number
+    layer(x)
+    assert layer.router._last == {threading.get_ident(): "clean"}
+
+
 def test_replicas_of_data_parallel_go_where_the_model_goes() -> None:
     layer, x = apart(split_bn(nn.BatchNorm1d(3))).eval(), torch.rand(4, 3)
     with use_branch(layer, "adv"):

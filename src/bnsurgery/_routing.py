@@ -57,6 +57,9 @@ class Rows:
         return f"Rows({', '.join(f'{size} to {branch!r}' for branch, size in self.runs)})"
 
 
+_MANY = 64
+"""Threads that are kept in mind before those that are gone are forgotten."""
+
 Routing: TypeAlias = str | Rows
 
 
@@ -94,6 +97,8 @@ class Router:
         """As :meth:`selected`, for a pass that is being made; threads that work for this one follow it."""
         routing = self.selected()
         if not torch.compiler.is_compiling() and not _of_the_system():
+            if len(self._last) >= _MANY:
+                self._forget()
             self._last[threading.get_ident()] = routing
         return routing
 
@@ -112,8 +117,7 @@ class Router:
 
     def _on_behalf(self) -> Routing:
         """For a thread that works for another one, which it cannot name: where the last passes went."""
-        alive = {thread.ident for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)}
-        self._last = {thread: routing for thread, routing in self._last.items() if thread in alive}
+        self._forget()
         routings = {_key(routing): routing for routing in self._last.values()}
         if len(routings) > 1:
             raise BNSurgeryError(
@@ -122,6 +126,11 @@ class Router:
                 "thread"
             )
         return next(iter(routings.values()), self.default)
+
+    def _forget(self) -> None:
+        """Leaves out threads that are gone."""
+        alive = {thread.ident for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)}
+        self._last = {thread: routing for thread, routing in list(self._last.items()) if thread in alive}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"branches": self.branches, "default": self.selected()}
