@@ -50,7 +50,8 @@ class Benz(Lab):
 
     def initial(self, row: Row) -> nn.Module:
         torch.manual_seed(self.folder.seed)
-        return self.architecture(row).to(self.device).to(memory_format=torch.channels_last)
+        layout = torch.channels_last if self._channels_last(row) else torch.contiguous_format
+        return self.architecture(row).to(self.device).to(memory_format=layout)
 
     def batches(self, row: Row, images: Images) -> Iterable[tuple[Tensor, Tensor]]:
         x, y = images.train if row.data is None else self.images_of(row.data)
@@ -58,16 +59,18 @@ class Benz(Lab):
 
     def options(self, row: Row) -> dict[str, Any]:
         attack = PGD(row.eps, steps=7, step_size=row.eps / 5, norm="l2") if row.eps else None
-        # On a CPU these two are slow where channels are innermost and half of the operations in bfloat16.
-        slow = self.device.type == "cpu" and row.norm in ("group", "instance")
         return {
             "train": "all",
             "attack": attack,
             "lr": row.lr * self.scale.rate,
             "weight_decay": row.weight_decay,
             "schedule": thirds,
-            "engine": Engine(channels_last=not slow),
+            "engine": Engine(channels_last=self._channels_last(row)),
         }
+
+    def _channels_last(self, row: Row) -> bool:
+        """On a CPU two norms are slow where channels are innermost and half of the operations in bfloat16."""
+        return not (self.device.type == "cpu" and row.norm in ("group", "instance"))
 
     def measures(self, row: Row, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
         clean = outputs(model, (x, y))
