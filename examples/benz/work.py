@@ -22,7 +22,8 @@ from examples.benz.rows import CHOICES, L2, LINF, ROWS, AnyRow, Row, SetRow, Tra
 from examples.cifar10 import Batches
 from examples.common.data import Images
 from examples.common.files import Pending, kept, origin, write_json
-from examples.common.lab import Lab, Test, float32
+from examples.common.lab import Lab, Test
+from examples.common.work import float32
 from examples.common.records import held, require_finite
 from examples.resnet import ResNet
 

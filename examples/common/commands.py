@@ -13,9 +13,9 @@ from typing import Any
 from examples.common import cli, data, scales
 from examples.common.checks import Check, made, markdown
 from examples.common.files import Folder, Problem, kept, label, write, write_json
-from examples.common.lab import Lab, float32
+from examples.common.lab import Lab
 from examples.common.records import Diverged, finite
-from examples.common.work import tune
+from examples.common.work import float32, tune
 
 PENDING = "pending"
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -32,7 +31,7 @@ from examples.common.files import (
     write_json,
 )
 from examples.common.records import finite, look_at_measures, look_at_tests, look_at_training
-from examples.common.work import Work, tune
+from examples.common.work import Work, float32, tune
 
 
 Test: TypeAlias = Callable[[], dict[str, Any]]
@@ -308,17 +307,6 @@ def _evaluate(lab: Lab, key: str, x: Tensor, y: Tensor) -> bool:
     for left in (path, lab.folder.interim(f"{key}.tests.calls.json")):
         left.unlink(missing_ok=True)
     return True
-
-
-@contextmanager
-def float32() -> Iterator[None]:
-    """Keeps convolutions on a GPU from rounding their inputs to TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def _hash(lab: Lab, key: str, path: Path) -> str:

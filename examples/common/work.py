@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -126,3 +127,14 @@ def tune(
         raise Problem(str(error)) from None
     except OSError as error:
         raise Problem(f"cannot write {checkpoint}: {error.strerror or error}") from None
+
+
+@contextmanager
+def float32() -> Iterator[None]:
+    """Keeps convolutions on a GPU from rounding their inputs to TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bnsurgery.analysis import outputs
-from examples.walter.evaluating import float32, pgd, under_attack
+from examples.common.work import float32
+from examples.walter.evaluating import pgd, under_attack
 from examples.common.files import label, write_json
 from examples.walter.rows import CHOICES, EPS, ROWS
 from examples.walter.training import Context, initial, start_of, tune

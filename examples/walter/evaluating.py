@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bnsurgery import PGD, Evaluation, evaluate
 from bnsurgery.analysis import Outputs, histogram, outputs
 from examples.resnet import ResNet
 from examples.common.files import Problem, origin, read_json, require_same, write_json
+from examples.common.work import float32
 from examples.walter.results import look_at_chunk
 from examples.walter.rows import EPS, ROWS
 from examples.walter.training import Context, network, require_trained
@@ -42,17 +40,6 @@ def evaluate_row(context: Context, key: str) -> bool:
     with context.folder.locked(key), float32():
         # Another process may have finished it while the images were read.
         return context.results.evaluation(key) is not None or _evaluate(context, key, data)
-
-
-@contextmanager
-def float32() -> Iterator[None]:
-    """Keeps convolutions on a GPU from rounding their inputs to TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def _evaluate(context: Context, key: str, data: tuple[Tensor, Tensor]) -> bool:
