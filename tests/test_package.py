@@ -37,6 +37,7 @@ ORDER = [
     "_refusals",
     "_copies",
     "_routing",
+    "_branches",
     "surgery",
     "folding",
     "replacement",

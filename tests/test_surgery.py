@@ -51,8 +51,8 @@ from bnsurgery import (
     split_bn,
     use_branch,
 )
+from bnsurgery._branches import SplitBatchNorm
 from bnsurgery._replicas import Replicas
-from bnsurgery._routing import SplitBatchNorm
 from bnsurgery.analysis import outputs
 from networks import HEAVY, LIGHT, RESNET20, SHARED, SMALL, TIMM, Case, shake
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bnsurgery._allocator import keeping_memory
+from bnsurgery._branches import by_example
 from bnsurgery._copies import rounding
 from bnsurgery._data import Data, check_bounds, check_labels, gather
 from bnsurgery._geometry import Norm, column, distance
@@ -23,7 +24,6 @@ from bnsurgery._modes import global_state
 from bnsurgery._packing import Inside, Packed
 from bnsurgery._replica import Replica
 from bnsurgery._replicas import Replicas, can_attack_a_copy, craft_on_copy
-from bnsurgery._routing import by_example
 from bnsurgery.adapters import (
     AUTOATTACK_PARTS,
     autoattack,

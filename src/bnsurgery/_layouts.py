@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnsurgery._branches import by_example
 from bnsurgery._copies import evaluation_copy
 from bnsurgery._modes import global_state, preserved
-from bnsurgery._routing import by_example
 from bnsurgery._tracing import leaves
 from bnsurgery.layers import device_of, has_statistics
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnsurgery._branches import route_of
 from bnsurgery._copies import evaluation_copy, verify
 from bnsurgery._fixed import fix
 from bnsurgery._graphs import Steps
 from bnsurgery._layouts import can_be_cut, channels_last, largest_activation, runs_channels_last
 from bnsurgery._lowering import is_finite, round_all, round_products
 from bnsurgery._modes import global_state
-from bnsurgery._routing import route_of
 from bnsurgery._signature import signature, tensors
 from bnsurgery.attacks import PGD, cross_entropy, evened
 from bnsurgery.engine import Engine

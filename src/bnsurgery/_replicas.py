@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnsurgery._branches import route_of
 from bnsurgery._copies import by_itself, evaluation_copy, is_faithful
 from bnsurgery._modes import global_state
 from bnsurgery._replica import Replica, planned
-from bnsurgery._routing import route_of
 from bnsurgery.adapters import check_attack, craft, is_around, is_autoattack, is_torchattacks
 from bnsurgery.attacks import PGD
 from bnsurgery.engine import Engine

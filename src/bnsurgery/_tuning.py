@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
+from bnsurgery._branches import routed
 from bnsurgery._data import check_labels, given, unpack
 from bnsurgery._frozen import nothing_kept
 from bnsurgery._layouts import channels_last, runs_channels_last
 from bnsurgery._modes import Buffers
 from bnsurgery._replicas import Replicas, can_attack_a_copy, craft_on_copy
-from bnsurgery._routing import Rows, routed
+from bnsurgery._routing import Rows
 from bnsurgery.adapters import craft
 from bnsurgery.attacks import PGD, Loss, attacking, cross_entropy
 from bnsurgery.errors import BNSurgeryWarning

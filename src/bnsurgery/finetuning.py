@@ -17,11 +17,11 @@ from torch import nn
 
 from bnsurgery import _checkpoints
 from bnsurgery._allocator import keeping_memory
+from bnsurgery._branches import routers
 from bnsurgery._data import is_pair
 from bnsurgery._modes import global_state, preserved
 from bnsurgery._moments import slowest
 from bnsurgery._replicas import Replicas, can_attack_a_copy
-from bnsurgery._routing import routers
 from bnsurgery._tuning import SCHEDULES, AttackStep, Callback, EpochRecord, Schedule, StepCallback, StepRecord, Tuning
 from bnsurgery.adapters import check_attack, configuration_of, describe_attack
 from bnsurgery.attacks import PGD, Loss, cross_entropy

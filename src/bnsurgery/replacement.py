@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from bnsurgery._branches import SplitBatchNorm
 from bnsurgery._copies import private_copy, rebind
 from bnsurgery._refusals import has_activation, knows_forward
-from bnsurgery._routing import SplitBatchNorm
 from bnsurgery._tracing import is_hooked
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.folding import read

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnsurgery._branches import SHARES, Share, SplitBatchNorm, keeping, routers
 from bnsurgery._copies import private_copy, rebind
 from bnsurgery._data import describe
-from bnsurgery._routing import SHARES, Router, Routing, Rows, Share, SplitBatchNorm, keeping, routers
+from bnsurgery._routing import Router, Routing, Rows
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.layers import bn_layers, device_of, label, named_modules, require_statistics, select, unwrap
 
