@@ -32,13 +32,14 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def parser_of_steps(doc: str | None, repeats: int, steps: int) -> argparse.ArgumentParser:
-    """The options of scripts that time contenders step by step, round by round, and draw."""
+def parser_of_steps(doc: str | None, repeats: int, steps: int, *, plot: bool = True) -> argparse.ArgumentParser:
+    """The options of scripts that time contenders step by step, round by round, and may draw."""
     parser = parser_of(doc)
     parser.add_argument("--repeats", type=int, default=repeats, help="rounds")
     parser.add_argument("--steps", type=int, default=steps, help="steps of each contender in a round")
-    parser.add_argument("--plot", action="store_true", help="write a PNG next to the JSON")
-    parser.add_argument("--only-plot", action="store_true", help="measure nothing: draw what --out holds")
+    if plot:
+        parser.add_argument("--plot", action="store_true", help="write a PNG next to the JSON")
+        parser.add_argument("--only-plot", action="store_true", help="measure nothing: draw what --out holds")
     return parser
 
 

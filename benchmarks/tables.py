@@ -165,6 +165,21 @@ def overheads(record: Mapping[str, Any]) -> str:
     return table(["milliseconds", *names], rows) + made_with(record["environment"])
 
 
+def mixture(record: Mapping[str, Any]) -> str:
+    """A step through mixture BN, each way."""
+    names = list(record["models"])
+    rows = []
+    for which in next(iter(record["models"].values()))["contenders"]:
+        cells = []
+        for name in names:
+            own = record["models"][name]["contenders"][which]
+            cells += [f"{own['images_per_second']:.1f}", spread(own["ratio"])]
+        rows.append([which, *cells])
+    head = [cell for name in names for cell in (f"{name}, images/s", "ratio")]
+    commands = [own["command"] for own in record["models"].values()]
+    return table(["", *head], rows) + made_with(record["environment"], commands)
+
+
 def precision(record: Mapping[str, Any]) -> str:
     """What fine-tuning ends with in both precisions."""
     rows = [
@@ -197,6 +212,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "scaling": scaling,
     "autoattack": autoattack,
     "overheads": overheads,
+    "mixture": mixture,
     "precision": precision,
 }
 """By the name of the result file."""
