@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bnsurgery.plots import plot_curves, plot_transfer
-from examples.common.drawing import blank
+from examples.common.drawing import blank, with_one_legend
 from examples.benz.rows import ROWS
 from examples.benz.work import Benz
 from examples.common.files import Pending
@@ -44,7 +44,7 @@ def epochs(lab: Benz) -> Figure | None:
         }
         counts = {len(curve) for curve in curves.values()}
         plot_curves(range(max(counts)), curves, ylabel=title, ax=ax)
-    return figure
+    return with_one_legend(figure)
 
 
 def _value(found: dict[str, Any], name: str) -> float:

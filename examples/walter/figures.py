@@ -11,7 +11,7 @@ from torch import Tensor
 from bnsurgery import bn_layers, fold_bn
 from bnsurgery.analysis import Histogram, histogram, weight_shift
 from bnsurgery.plots import plot_histograms, plot_normalized_weights
-from examples.common.drawing import blank
+from examples.common.drawing import blank, with_one_legend
 from examples.common.files import write
 from examples.walter.results import PAPER_SHIFT, Results
 from examples.walter.rows import ROWS
@@ -62,7 +62,7 @@ def weights(results: Results) -> Figure:
         same = {row: histogram(values[name], bins=12, bounds=bounds) for row, values in found.items()}
         plot_histograms(same, xlabel=f"{name}, BN layer {LAYER}", ax=ax)
         ax.set_ylabel("share of channels (%)")
-    return _with_one_legend(figure)
+    return with_one_legend(figure, [ROWS[key].name for key in SHOWN])
 
 
 def means(results: Results) -> Figure:
@@ -92,15 +92,4 @@ def predictions(results: Results) -> Figure:
             outside = [f"{counts.outside:,} of {name}" for name, counts in found.items() if counts.outside]
             if outside:
                 ax.set_title(f"not drawn, outside the axis: {', '.join(outside)}", fontsize="small")
-    return _with_one_legend(figure)
-
-
-def _with_one_legend(figure: Figure) -> Figure:
-    """A legend above all axes, where it covers no curve, in place of one in each."""
-    handles, _ = figure.axes[0].get_legend_handles_labels()
-    labels = [ROWS[key].name for key in SHOWN]
-    for ax in figure.axes:
-        if (legend := ax.get_legend()) is not None:
-            legend.remove()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
-    return figure
+    return with_one_legend(figure, [ROWS[key].name for key in SHOWN])

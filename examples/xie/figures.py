@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bnsurgery.plots import plot_curves
-from examples.common.drawing import blank
+from examples.common.drawing import blank, with_one_legend
 from examples.xie.rows import DEPTHS, KINDS, ROWS, key_of
 from examples.xie.work import Xie
 
@@ -38,7 +38,7 @@ def epochs(lab: Xie, depth: int) -> Figure | None:
     titles = {"clean": "clean error (%)", "pgd": "robust error (%), PGD-10"}
     for ax, (what, of) in zip(figure.subplots(1, 2).flat, curves.items(), strict=True):
         plot_curves(range(len(next(iter(of.values())))), of, ylabel=f"{titles[what]}, ResNet-{depth}", ax=ax)
-    return figure
+    return with_one_legend(figure)
 
 
 def depths(lab: Xie) -> Figure | None:
