@@ -21,7 +21,7 @@ from examples.benz import sets as benz_sets
 from examples.benz import work as benz_work
 from examples.benz.__main__ import PAPER as BENZ
 from examples.benz.work import Benz
-from examples.common import checks, commands, data, files, records, scales, work
+from examples.common import checks, commands, data, files, lab, records, scales, work
 from examples.common.files import Folder, Problem
 from examples.common.lab import Lab
 from examples.common.scales import FULL, QUICK, Scale
@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnsurgery import PGD, bn_layers
+from bnsurgery import PGD, adv_finetune, bn_layers
 from bnsurgery.analysis import TransferMatrix
 
 PAPERS = {"benz": BENZ, "xie": XIE}
@@ -140,6 +140,9 @@ def test_the_consistent_epochs_are_the_last_fifth(images: data.Images, tmp_path:
     row = xie_rows.ROWS["adv-20-consistent"]
     assert now.options(row)["consistent_bn_after"] == row.consistent == 12
     assert row.epochs == 15
+    assert now.begins_as(row) == ("adv-20", 12)
+    assert now.forks("adv-20") == {12}
+    assert not now.forks("adv-20-consistent")
 
 
 def test_rates_fall_where_the_papers_do() -> None:
@@ -314,7 +317,75 @@ def test_the_matrix_is_of_the_networks_it_names(finished: dict[str, Lab], images
     assert found.examples == TINY.measured
 
 
-@pytest.mark.parametrize(("program", "key"), [("benz", "adv-bn"), ("xie", "mbn-20-consistent")])
+@pytest.mark.parametrize("kind", ["adv", "mix", "mbn"])
+def test_a_consistent_row_is_what_training_from_the_beginning_makes_of_it(
+    kind: str, finished: dict[str, Lab], images: data.Images
+) -> None:
+    now, key = finished["xie"], f"{kind}-20-consistent"
+    row, record, before = now.rows[key], now.trained(key), now.trained(f"{kind}-20")
+    model = now.initial(row)
+    adv_finetune(
+        model,
+        now.batches(row, images.first(TINY.training)),
+        epochs=2,
+        step_precision="auto",
+        progress=False,
+        **now.options(row),
+    )
+    ours = now.network(key).state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in model.state_dict().items())
+    assert record["sha256"] != before["sha256"]
+    assert record["history"][0] == before["history"][0]  # seconds too: it was not made again
+    assert record["measures"][:2] == before["measures"][:2]
+    assert record["history"][1]["loss"] != before["history"][1]["loss"]
+    assert record["calls"][:-1] == before["calls"]
+    assert before["forks"].keys() == {"1"}
+    assert "forks" not in record
+
+
+def test_a_row_that_begins_as_another_needs_its_checkpoint_as_it_was(
+    finished: dict[str, Lab], images: data.Images, tmp_path: Path
+) -> None:
+    now = copied(finished, images, tmp_path, "xie")
+    record, fork = now.folder.record("adv-20-consistent", "train"), now.folder.interim("adv-20.epoch1.checkpoint")
+    record.unlink()
+    fork.write_bytes(now.folder.interim("mix-20.epoch1.checkpoint").read_bytes())
+    remedy = r"remove .*adv-20.train.json, and it is trained again"
+    with pytest.raises(Problem, match=rf"adv-20.epoch1.checkpoint is not the checkpoint of .*: {remedy}"):
+        now.make("adv-20-consistent")
+    fork.unlink()
+    with pytest.raises(Problem, match=rf"cannot read .*adv-20.epoch1.checkpoint \(No such file.*\): {remedy}"):
+        now.make("adv-20-consistent")
+    assert not list(now.folder.interim("").glob("adv-20-consistent.*json"))
+    now.folder.record("adv-20", "train").unlink()
+    with pytest.raises(Problem, match=r"adv-20 is not trained yet in .*, and adv-20-consistent needs it"):
+        now.make("adv-20-consistent")
+
+
+@pytest.mark.parametrize("where", ["measures", "calls", "checkpoint"])
+def test_a_row_that_begins_as_another_and_is_stopped_there_begins_again(
+    where: str, finished: dict[str, Lab], images: data.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = copied(finished, images, tmp_path, "xie")
+    whole = now.trained("mbn-20-consistent")
+    now.folder.record("mbn-20-consistent", "train").unlink()
+    writes = files.write
+
+    def full(path: Path, put: Callable[[Path], object]) -> None:
+        if path.name.startswith("mbn-20-consistent.") and where in path.name:
+            raise Problem(f"cannot write {path}: no space left")
+        writes(path, put)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write", full)
+        patch.setattr(lab, "write", full)
+        with pytest.raises(Problem, match="no space left"):
+            now.make("mbn-20-consistent")
+    assert now.make("mbn-20-consistent")
+    assert now.trained("mbn-20-consistent")["sha256"] == whole["sha256"]
+
+
+@pytest.mark.parametrize(("program", "key"), [("benz", "adv-bn"), ("xie", "mbn-20")])
 def test_what_a_budget_cuts_short_ends_with_the_same_bits(
     program: str,
     key: str,

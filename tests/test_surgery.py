@@ -31,6 +31,7 @@ import reference
 from bnsurgery import (
     PGD,
     BNSurgeryError,
+    CheckpointError,
     Engine,
     NoBatchNormError,
     PatchError,
@@ -927,6 +928,40 @@ def test_a_mixed_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path
     for _ in range(4):
         adv_finetune(cut, data, **options, consistent_bn_after=2, checkpoint=path, max_seconds=1e-9)
     assert same(whole, cut)
+
+
+def test_a_copy_of_a_checkpoint_goes_on_with_consistent_bn_to_the_same_bits(tmp_path: Path) -> None:
+    data, path = batches(SMALL), tmp_path / "run"
+    options: dict[str, Any] = {"epochs": 4, "attack": PGD(steps=2), "progress": False}
+    plain = SMALL.build()
+    adv_finetune(plain, data, **options)
+    for after in (2, 3):
+        whole, fork = SMALL.build(), SMALL.build()
+        adv_finetune(whole, data, **options, consistent_bn_after=after)
+        adv_finetune(SMALL.build(), data, **options, checkpoint=path, max_seconds=1e-9)
+        adv_finetune(SMALL.build(), data, **options, checkpoint=path, max_seconds=1e-9)
+        run = adv_finetune(fork, data, **options, consistent_bn_after=after, checkpoint=path)
+        assert len(run.history) == 4
+        assert same(whole, fork)
+        assert not same(whole, plain)
+        path.unlink()
+
+
+def test_a_checkpoint_of_other_consistent_epochs_is_refused(tmp_path: Path) -> None:
+    data, path = batches(SMALL), tmp_path / "run"
+    options: dict[str, Any] = {"epochs": 4, "attack": PGD(steps=1), "progress": False, "checkpoint": path}
+    for _ in range(2):
+        adv_finetune(SMALL.build(), data, **options, max_seconds=1e-9)
+    untouched = SMALL.build()
+    for after in (0, 1):  # it would have been consistent in an epoch that is made already
+        with pytest.raises(CheckpointError, match=f"consistent_bn_after was None, is {after}: use another path"):
+            adv_finetune(untouched, data, **options, consistent_bn_after=after)
+    assert same(untouched, SMALL.build())
+    adv_finetune(SMALL.build(), data, **options, consistent_bn_after=2, max_seconds=1e-9)
+    for other in (None, 3):
+        with pytest.raises(CheckpointError, match=f"consistent_bn_after was 2, is {other}"):
+            adv_finetune(untouched, data, **options, consistent_bn_after=other)
+    adv_finetune(SMALL.build(), data, **options, consistent_bn_after=2)
 
 
 @pytest.mark.parametrize(

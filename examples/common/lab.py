@@ -82,6 +82,15 @@ class Lab(Work, ABC):
         """The rows that are networks: what can be evaluated."""
         return dict(cls.rows)
 
+    def begins_as(self, row: Any) -> tuple[str, int] | None:  # noqa: ARG002 - for those who say otherwise
+        """The row whose first epochs are this one's too, among those that it needs, and their number; None: no row."""
+        return None
+
+    def forks(self, key: str) -> set[int]:
+        """The epochs after which other rows part from this one."""
+        begun = [self.begins_as(row) for row in self.networks_of().values() if key in row.needs]
+        return {start[1] for start in begun if start is not None and start[0] == key}
+
     def make(self, key: str) -> bool:
         """Trains a row, or goes on with it; whether it is finished."""
         return train(self, key)
@@ -209,6 +218,9 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
         raise Pending(f"{need} is not trained yet in {folder.path}, and {key} needs it")
     checkpoint, log = folder.interim(f"{key}.checkpoint"), folder.interim(f"{key}.calls.json")
     curve, epochs = folder.interim(f"{key}.measures.json"), lab.scale.epochs(row.epochs)
+    start, forks = lab.begins_as(row), sorted(lab.forks(key))
+    if start is not None and not checkpoint.exists():
+        _begin_as(lab, *start, checkpoint, log, curve, needs)
     goes_on = checkpoint.exists()
     for path in (log, curve) if goes_on else ():
         if not path.exists():
@@ -231,6 +243,9 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
             write(folder.interim(f"{key}.epoch{epoch}.safetensors"), lambda partial: partial.write_bytes(data))
 
     def after(record: EpochRecord, model: nn.Module) -> None:
+        if record.epoch in forks:  # the checkpoint is that of the epochs before this one, still
+            data = checkpoint.read_bytes()
+            write(_fork(lab, key, record.epoch), lambda partial: partial.write_bytes(data))
         measure(record.epoch + 1, model)
 
     if not goes_on:
@@ -251,6 +266,7 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
                 str(epoch): _hash(lab, key, folder.interim(f"{key}.epoch{epoch}.safetensors"))
                 for epoch in snapshots(row, epochs)
             },
+            **({"forks": {str(epoch): _hash(lab, key, _fork(lab, key, epoch)) for epoch in forks}} if forks else {}),
             "seconds": round(sum(record.seconds for record in run.history), 1),
             "history": run.record()["history"],
             "measures": measured,
@@ -261,6 +277,28 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
     for path in (checkpoint, log, curve):
         path.unlink(missing_ok=True)  # where the record is removed, the row is to be trained anew
     return True
+
+
+def _begin_as(
+    lab: Lab, key: str, epoch: int, checkpoint: Path, log: Path, curve: Path, needs: dict[str, str | None]
+) -> None:
+    """Makes the first epochs of another row those of one that is not begun; its checkpoint is written last."""
+    record, path = lab.trained(key), _fork(lab, key, epoch)
+    remedy = f"remove {lab.folder.record(key, 'train')}, and it is trained again"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Problem(f"cannot read {path} ({error.strerror}): {remedy}") from None
+    if hashlib.sha256(data).hexdigest() != record.get("forks", {}).get(str(epoch)):
+        raise Problem(f"{path} is not the checkpoint of {lab.folder.record(key, 'train')}: {remedy}")
+    write_json(curve, {"measures": [found for found in record["measures"] if found["epoch"] <= epoch]})
+    write_json(log, {"calls": record["calls"], "needs": needs})
+    write(checkpoint, lambda partial: partial.write_bytes(data))
+
+
+def _fork(lab: Lab, key: str, epoch: int) -> Path:
+    """The checkpoint of a row after so many epochs, from which others go on."""
+    return lab.folder.interim(f"{key}.epoch{epoch}.checkpoint")
 
 
 def snapshots(row: Any, epochs: int) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ class Row:
         lr: initial learning rate of SGD with momentum 0.9, x 0.1 after 35, 70 and 95 of 110 parts of the steps.
         weight_decay: on all parameters.
         steps: of PGD in training.
-        needs: nothing.
+        needs: the row without consistent BN, whose first epochs are this one's too.
     """
 
     name: str
@@ -60,7 +60,12 @@ def key_of(kind: str, depth: int, *, consistent: bool = False) -> str:
 
 ROWS: Mapping[str, Row] = {
     key_of(kind, depth, consistent=after is not None): Row(
-        f"{name}{', consistent' if after is not None else ''}, ResNet-{depth}", images, bn, depth, consistent=after
+        f"{name}{', consistent' if after is not None else ''}, ResNet-{depth}",
+        images,
+        bn,
+        depth,
+        consistent=after,
+        needs=() if after is None else (key_of(kind, depth),),
     )
     for depth in DEPTHS
     for after in (None, CONSISTENT)

@@ -61,6 +61,11 @@ class Xie(Lab):
         assert row.consistent is not None
         return row.consistent * self.scale.epochs(row.epochs) // row.epochs
 
+    def begins_as(self, row: Row) -> tuple[str, int] | None:
+        """Until BN is consistent, what is trained is the row without."""
+        epochs = 0 if row.consistent is None else self.consistent_after(row)
+        return (row.needs[0], epochs) if epochs else None
+
     def measures(self, row: Row, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for prefix, through in ways(row, model):

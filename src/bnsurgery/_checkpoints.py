@@ -49,6 +49,8 @@ def save(
 def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
     """Reads a checkpoint of the same configuration; nothing in it is executed.
 
+    When BN becomes consistent may differ where it has not yet, nor is to have: until then the runs are the same.
+
     Raises:
         CheckpointError: it cannot be read, is none, or belongs to another configuration (differences listed).
     """
@@ -62,10 +64,12 @@ def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
     saved = state.get("configuration")
     if not isinstance(saved, dict):
         raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: it says no configuration")
+    epochs = len(state["history"]) if isinstance(state.get("history"), list) else 0
+    before, now = _so_far(saved, epochs), _so_far(configuration, epochs)
     differences = [
         _difference(name, saved.get(name), configuration.get(name))
-        for name in sorted(saved.keys() | configuration.keys())
-        if saved.get(name) != configuration.get(name)
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
     ]
     if differences:
         raise CheckpointError(
@@ -73,6 +77,13 @@ def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
             "use another path, or remove the file"
         )
     return state
+
+
+def _so_far(configuration: dict[str, Any], epochs: int) -> dict[str, Any]:
+    """A configuration without what has had no part in the first epochs."""
+    after = configuration.get("consistent_bn_after")
+    begun = isinstance(after, int) and after < epochs
+    return configuration if begun else configuration | {"consistent_bn_after": None}
 
 
 def _difference(name: str, was: Any, now: Any) -> str:

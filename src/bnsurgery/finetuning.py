@@ -155,7 +155,8 @@ def adv_finetune(
             all processes stop where the first of them would.
         seed: seeds the attack and, for the length of the call, torch's, NumPy's and Python's global generators, from
             which a shuffling loader draws.
-        checkpoint: a file written after each epoch; where it exists the run goes on from it.
+        checkpoint: a file written after each epoch; where it exists the run goes on from it. A copy of it can go on in
+            another way: with another ``consistent_bn_after``, where BN was not consistent yet, nor is to have been.
         progress: show a progress bar on standard error.
         engine: ``"fast"``: a :class:`PGD` with ``bn="eval"``, a torchattacks or an AutoAttack object attacks a private
             copy of the model, fused, which follows the model step by step; the rest, callables above all, attacks the
