@@ -48,11 +48,14 @@ class TwoBN(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.clean, self.adv, self.adversarial = layer, copy.deepcopy(layer), False
+        self.clean, self.adv, self.through = layer, copy.deepcopy(layer), "clean"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Through the one that is switched on."""
-        return (self.adv if self.adversarial else self.clean)(x)  # type: ignore[no-any-return]
+        """Through the one that is switched on, or half through each."""
+        if self.through == "both":
+            clean, adversarial = x.chunk(2)
+            return torch.cat([self.clean(clean), self.adv(adversarial)])
+        return (self.adv if self.through == "adv" else self.clean)(x)  # type: ignore[no-any-return]
 
 
 def split_by_hand(model: nn.Module) -> nn.Module:
@@ -64,11 +67,25 @@ def split_by_hand(model: nn.Module) -> nn.Module:
     return model
 
 
-def switch(model: nn.Module, *, adversarial: bool) -> None:
+def switch(model: nn.Module, through: str) -> None:
     """Of all layers."""
     for module in model.modules():
         if isinstance(module, TwoBN):
-            module.adversarial = adversarial
+            module.through = through
+
+
+class Doubled(Sequence[Batch]):
+    """Each batch twice, made when it is asked for, as a loader would."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        x, y = self.batches[index]
+        return torch.cat([x, x]), torch.cat([y, y])
 
 
 def ours(case: Case, **options: Any) -> Run:
@@ -76,13 +93,12 @@ def ours(case: Case, **options: Any) -> Run:
     inner = fine_tuning(case, **OPTIONS, **options)
 
     def run(model: nn.Module, batches: Sequence[Batch], done: Callable[[], None]) -> None:
-        doubled = [(torch.cat([x, x]), torch.cat([y, y])) for x, y in batches]
-        inner(split_bn(model, ("clean", "adv")), doubled, done)
+        inner(split_bn(model, ("clean", "adv")), Doubled(batches), done)
 
     return run
 
 
-def by_hand(make: Callable[[nn.Module], Attack], *, bfloat16: bool = False) -> Run:
+def by_hand(make: Callable[[nn.Module], Attack], *, bfloat16: bool = False, one_pass: bool = False) -> Run:
     """The loop that users write; ``bfloat16``: its passes under autocast too."""
 
     def run(model: nn.Module, batches: Sequence[Batch], done: Callable[[], None]) -> None:
@@ -92,19 +108,24 @@ def by_hand(make: Callable[[nn.Module], Attack], *, bfloat16: bool = False) -> R
         )
         attack = make(model)
         for x, y in batches:
-            switch(model, adversarial=True)
+            switch(model, "adv")
             adversarial = attack(x, y)
             model.train()
             optimizer.zero_grad(set_to_none=True)
-            losses = []
-            for part, images in ((False, x), (True, adversarial)):
-                switch(model, adversarial=part)
+            parts = [("clean", x, y), ("adv", adversarial, y)]
+            if one_pass:
+                parts = [("both", torch.cat([x, adversarial]), torch.cat([y, y]))]
+            total = torch.zeros((), device=x.device)
+            for through, images, labels in parts:
+                switch(model, through)
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
                     logits = model(images)
-                loss = F.cross_entropy(logits.float(), y) / 2
+                loss = F.cross_entropy(logits.float(), labels) / len(parts)
                 loss.backward()
-                losses.append(float(loss.detach()))
+                total += loss.detach()
             optimizer.step()
+            if not total.isfinite():  # what any loop that says how it goes reads, once a step
+                raise RuntimeError("the loss is not finite")
             done()
 
     return run
@@ -112,11 +133,17 @@ def by_hand(make: Callable[[nn.Module], Attack], *, bfloat16: bool = False) -> R
 
 CONTENDERS: dict[str, Callable[[Case], Run]] = {
     "bnsurgery": ours,
+    "bnsurgery, float32": lambda case: ours(case, precision="float32"),
     "bnsurgery, bfloat16 throughout": lambda case: ours(case, step_precision="auto"),
     BASELINE: lambda case: by_hand(torchattacks_pgd(case)),
     "careful, float32": lambda case: by_hand(careful_pgd(case, bfloat16=False)),
     "careful, bfloat16": lambda case: by_hand(careful_pgd(case, bfloat16=True)),
     "careful, bfloat16 throughout": lambda case: by_hand(careful_pgd(case, bfloat16=True), bfloat16=True),
+    "careful, float32, one pass": lambda case: by_hand(careful_pgd(case, bfloat16=False), one_pass=True),
+    "careful, bfloat16, one pass": lambda case: by_hand(careful_pgd(case, bfloat16=True), one_pass=True),
+    "careful, bfloat16 throughout, one pass": lambda case: by_hand(
+        careful_pgd(case, bfloat16=True), bfloat16=True, one_pass=True
+    ),
 }
 
 
@@ -136,10 +163,17 @@ def measure(case: Case, device: torch.device, *, repeats: int, steps: int) -> di
         name: {
             "images_per_second": case.batch / statistics.median(itertools.chain(*(own[1:] for own in times[name]))),
             "ratio": middle(peer / mine for peer, mine in zip(usual[BASELINE], own, strict=True)),
+            "set_up_seconds": statistics.median(rounds[0] for rounds in times[name]) - statistics.median(own),
         }
         for name, own in usual.items()
     }
-    return {"step_seconds": times, "contenders": rows, "repeats": repeats, "steps": steps}
+    return {
+        "step_seconds": times,
+        "first_step_of_all_seconds": cold,
+        "contenders": rows,
+        "repeats": repeats,
+        "steps": steps,
+    }
 
 
 def main() -> int:
@@ -157,7 +191,8 @@ def main() -> int:
         own = {"command": record["environment"]["command"], "seed": SEED, "case": asdict(case)}
         record["models"][name] = own | measured
         for which, row in measured["contenders"].items():
-            print(f"  {which:32}{row['images_per_second']:10.2f} images/s{spread(row['ratio']):>28} x {BASELINE}")
+            speed = f"{row['images_per_second']:10.2f} images/s{spread(row['ratio']):>28} x {BASELINE}"
+            print(f"  {which:40}{speed}, set-up {row['set_up_seconds']:.2f} s")
         write()
     return 0
 
