@@ -169,7 +169,6 @@ def measure(case: Case, device: torch.device, *, repeats: int, steps: int) -> di
     }
     return {
         "step_seconds": times,
-        "first_step_of_all_seconds": cold,
         "contenders": rows,
         "repeats": repeats,
         "steps": steps,
