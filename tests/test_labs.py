@@ -21,7 +21,7 @@ from examples.benz import sets as benz_sets
 from examples.benz import work as benz_work
 from examples.benz.__main__ import PAPER as BENZ
 from examples.benz.work import Benz
-from examples.common import checks, commands, data, files, lab, records, scales, work
+from examples.common import checks, commands, data, files, records, scales, training, work
 from examples.common.files import Folder, Problem
 from examples.common.lab import Lab
 from examples.common.scales import FULL, QUICK, Scale
@@ -378,7 +378,7 @@ def test_a_row_that_begins_as_another_and_is_stopped_there_begins_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write", full)
-        patch.setattr(lab, "write", full)
+        patch.setattr(training, "write", full)
         with pytest.raises(Problem, match="no space left"):
             now.make("mbn-20-consistent")
     assert now.make("mbn-20-consistent")
@@ -700,7 +700,7 @@ def test_what_was_begun_of_another_result_is_not_gone_on_with(
     data_, sha256 = files.serialized(model)
     now.folder.weights("bn").write_bytes(data_)
     path.write_text(json.dumps(record | {"sha256": sha256}), "utf-8")
-    message = r"what is begun of random was begun of another bn than is here now: remove .*random\.\*, and it is begun"
+    message = r"random\.part\S* was begun of another bn than is here now: remove .*random\.\*, and random is begun anew"
     with pytest.raises(Problem, match=message):
         now.make("random")
     log.unlink()  # what the message does not say

@@ -82,10 +82,6 @@ class Folder:
         published = self.path / f"{row}.safetensors"
         return published if published.exists() else self.interim(f"{row}.safetensors")
 
-    def begun(self, row: str) -> str:
-        """How messages name all that is kept of a row that is begun."""
-        return str(self.interim(f"{row}.*"))
-
     def make(self) -> None:
         """Makes the folders.
 
@@ -123,6 +119,12 @@ class Folder:
             except OSError as error:
                 raise Problem(f"cannot lock {path}: {error.strerror}") from None
             yield
+
+
+def begin_anew(path: Path) -> str:
+    """The remedy where a file that is kept of a row that is begun will not do: all of them go."""
+    row = path.name.split(".")[0]
+    return f"remove {path.with_name(row)}.*, and {row} is begun anew"
 
 
 def write(path: Path, put: Callable[[Path], object]) -> None:

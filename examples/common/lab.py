@@ -6,8 +6,6 @@ how, and what is measured.
 
 from __future__ import annotations
 
-import hashlib
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,22 +15,12 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from bnsurgery import EpochRecord
 from examples.common.data import Images
-from examples.common.files import (
-    Pending,
-    Problem,
-    kept,
-    load_weights,
-    read_json,
-    require_same,
-    serialized,
-    write,
-    write_json,
-)
-from examples.common.records import finite, look_at_measures, look_at_tests, look_at_training
-from examples.common.work import Work, float32, tune
-
+from examples.common.evaluating import evaluate
+from examples.common.files import Pending, Problem, kept, load_weights
+from examples.common.records import look_at_tests, look_at_training
+from examples.common.training import train
+from examples.common.work import Work
 
 Test: TypeAlias = Callable[[], dict[str, Any]]
 """Measures something, and returns plain values."""
@@ -191,165 +179,3 @@ class Lab(Work, ABC):
             path, sha256 = self.folder.interim(f"{key}.epoch{epoch}.safetensors"), record["snapshots"][str(epoch)]
         load_weights(model, path, sha256, self.folder.record(key, "train"))
         return model.to(self.device).to(memory_format=torch.channels_last)
-
-
-def train(lab: Lab, key: str) -> bool:
-    """Trains a row, or goes on with it; whether it is finished.
-
-    Raises:
-        Problem: what it needs is not there yet, a file is damaged or of another configuration, a disk is full, or
-            another process works on it.
-    """
-    if lab.training(key) is not None:
-        return True
-    if not lab.fits(None):
-        return False
-    lab.worked = True
-    images = lab.images.first(lab.scale.training)
-    with lab.folder.locked(key):
-        # Another process may have finished it while the images were read.
-        return lab.training(key) is not None or _train(lab, key, images)
-
-
-def _train(lab: Lab, key: str, images: Images) -> bool:
-    row, folder = lab.rows[key], lab.folder
-    needs = lab.hashes(key)
-    for need in (need for need, sha256 in needs.items() if sha256 is None):
-        raise Pending(f"{need} is not trained yet in {folder.path}, and {key} needs it")
-    checkpoint, log = folder.interim(f"{key}.checkpoint"), folder.interim(f"{key}.calls.json")
-    curve, epochs = folder.interim(f"{key}.measures.json"), lab.scale.epochs(row.epochs)
-    start, forks = lab.begins_as(row), sorted(lab.forks(key))
-    if start is not None and not checkpoint.exists():
-        _begin_as(lab, *start, checkpoint, log, curve, needs)
-    goes_on = checkpoint.exists()
-    for path in (log, curve) if goes_on else ():
-        if not path.exists():
-            raise Problem(
-                f"{path} is missing, beside {checkpoint}: remove {folder.begun(key)}, and {key} is begun anew"
-            )
-    measured = read_json(curve, look_at_measures)["measures"] if goes_on else []
-    x, y = lab.images.tests(lab.scale.measured)
-    model = lab.initial(row)
-    batches = lab.batches(row, images)
-    calls = lab.note_call(log, goes_on=goes_on, needs=needs)
-
-    def measure(epoch: int, model: nn.Module) -> None:
-        with float32():
-            found = {"epoch": epoch} | finite(lab.measures(row, model, x, y))
-        measured[:] = [*(before for before in measured if before["epoch"] < epoch), found]
-        write_json(curve, {"measures": measured})
-        if epoch in snapshots(row, epochs):
-            data, _ = serialized(model)
-            write(folder.interim(f"{key}.epoch{epoch}.safetensors"), lambda partial: partial.write_bytes(data))
-
-    def after(record: EpochRecord, model: nn.Module) -> None:
-        if record.epoch in forks:  # the checkpoint is that of the epochs before this one, still
-            data = checkpoint.read_bytes()
-            write(_fork(lab, key, record.epoch), lambda partial: partial.write_bytes(data))
-        measure(record.epoch + 1, model)
-
-    if not goes_on:
-        measure(0, model)
-    run = tune(lab, row.name, model, batches, checkpoint, epochs=epochs, callbacks=[after], **lab.options(row))
-    if run.ended != "epochs":
-        return False
-    data, sha256 = serialized(model)
-    write(folder.weights(key), lambda partial: partial.write_bytes(data))
-    write_json(
-        folder.record(key, "train"),
-        {
-            "row": row.name,
-            "configuration": lab.settings(row),
-            "needs": needs,
-            "sha256": sha256,
-            "snapshots": {
-                str(epoch): _hash(lab, key, folder.interim(f"{key}.epoch{epoch}.safetensors"))
-                for epoch in snapshots(row, epochs)
-            },
-            **({"forks": {str(epoch): _hash(lab, key, _fork(lab, key, epoch)) for epoch in forks}} if forks else {}),
-            "seconds": round(sum(record.seconds for record in run.history), 1),
-            "history": run.record()["history"],
-            "measures": measured,
-            "calls": calls,
-            **calls[-1],
-        },
-    )
-    for path in (checkpoint, log, curve):
-        path.unlink(missing_ok=True)  # where the record is removed, the row is to be trained anew
-    return True
-
-
-def _begin_as(
-    lab: Lab, key: str, epoch: int, checkpoint: Path, log: Path, curve: Path, needs: dict[str, str | None]
-) -> None:
-    """Makes the first epochs of another row those of one that is not begun; its checkpoint is written last."""
-    record, path = lab.trained(key), _fork(lab, key, epoch)
-    remedy = f"remove {lab.folder.record(key, 'train')}, and it is trained again"
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise Problem(f"cannot read {path} ({error.strerror}): {remedy}") from None
-    if hashlib.sha256(data).hexdigest() != record.get("forks", {}).get(str(epoch)):
-        raise Problem(f"{path} is not the checkpoint of {lab.folder.record(key, 'train')}: {remedy}")
-    write_json(curve, {"measures": [found for found in record["measures"] if found["epoch"] <= epoch]})
-    write_json(log, {"calls": record["calls"], "needs": needs})
-    write(checkpoint, lambda partial: partial.write_bytes(data))
-
-
-def _fork(lab: Lab, key: str, epoch: int) -> Path:
-    """The checkpoint of a row after so many epochs, from which others go on."""
-    return lab.folder.interim(f"{key}.epoch{epoch}.checkpoint")
-
-
-def snapshots(row: Any, epochs: int) -> tuple[int, ...]:
-    """The epochs after which a row's network is kept."""
-    return tuple(dict.fromkeys(min(epoch, epochs) for epoch in getattr(row, "snapshots", ())))
-
-
-def evaluate(lab: Lab, key: str) -> bool:
-    """Evaluates a row that is trained, or goes on with it; whether it is finished.
-
-    Raises:
-        Diverged: its outputs are not finite.
-        Problem: as :func:`train`.
-    """
-    if lab.evaluation(key) is not None:
-        return True
-    lab.trained(key)
-    if not lab.fits(None):
-        return False
-    x, y = lab.images.tests(lab.scale.tested)
-    with lab.folder.locked(key), float32():
-        return lab.evaluation(key) is not None or _evaluate(lab, key, x, y)
-
-
-def _evaluate(lab: Lab, key: str, x: Tensor, y: Tensor) -> bool:
-    row, path = lab.rows[key], lab.folder.interim(f"{key}.tests.json")
-    sha256, configuration = lab.trained(key)["sha256"], lab.test_settings(row)
-    done: dict[str, Any] = {"configuration": configuration, "sha256": sha256, "calls": [], "seconds": 0.0, "tests": {}}
-    if path.exists():
-        done = read_json(path, look_at_tests)
-        require_same(path, done["configuration"] | {"sha256": done["sha256"]}, configuration | {"sha256": sha256})
-    done["calls"] = lab.note_call(lab.folder.interim(f"{key}.tests.calls.json"), goes_on=path.exists())
-    model = lab.network(key)
-    tests = lab.tests(row, model, x, y)
-    for name in (name for name in tests if name not in done["tests"]):
-        if not lab.fits(None):
-            return False
-        lab.worked = True
-        began = time.perf_counter()
-        done["tests"][name] = finite(tests[name]())
-        done["seconds"] = round(done["seconds"] + time.perf_counter() - began, 1)
-        write_json(path, done)
-    write_json(lab.folder.record(key, "evaluate"), {"row": row.name, **done, **done["calls"][-1]})
-    for left in (path, lab.folder.interim(f"{key}.tests.calls.json")):
-        left.unlink(missing_ok=True)
-    return True
-
-
-def _hash(lab: Lab, key: str, path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        remedy = f"remove {lab.folder.begun(key)}, and {key} is begun anew"
-        raise Problem(f"cannot read {path} ({error.strerror}): {remedy}") from None

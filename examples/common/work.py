@@ -15,7 +15,7 @@ from torch import nn
 
 from bnsurgery import CheckpointError, EpochRecord, Finetuning, adv_finetune
 from examples.common.data import Images
-from examples.common.files import Folder, Problem, origin, read_json, write_json
+from examples.common.files import Folder, Problem, begin_anew, origin, read_json, write_json
 
 
 @dataclass
@@ -77,11 +77,7 @@ def require_begun_of(path: Path, before: Mapping[str, Any], now: Mapping[str, An
     """Raises :class:`Problem` unless something was begun of the results, or with the settings, that are here now."""
     differs = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if differs:
-        name = path.name.split(".")[0]
-        raise Problem(
-            f"what is begun of {name} was begun of another {', '.join(differs)} than is here now: remove "
-            f"{path.with_name(name)}.*, and it is begun anew"
-        )
+        raise Problem(f"{path} was begun of another {', '.join(differs)} than is here now: {begin_anew(path)}")
 
 
 def tune(
