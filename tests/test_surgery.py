@@ -887,7 +887,7 @@ def test_each_part_goes_through_its_branch_and_the_attack_through_the_adversaria
     ((x, y),) = batches(SMALL, 1)
     x = x.double()
     attack = PGD(8 / 255, steps=4, random_start=False)
-    adv_finetune(
+    run = adv_finetune(
         split, [(x, y)], epochs=1, train="all", attack=attack, clean_fraction=0.375, engine=engine,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), progress=False,
     )  # fmt: skip
@@ -897,7 +897,11 @@ def test_each_part_goes_through_its_branch_and_the_attack_through_the_adversaria
         clean = by_hand(x[:3])
     with use_branch(by_hand, "adv"):
         adversarial = by_hand(made)
-    F.cross_entropy(torch.cat([clean, adversarial]), y).backward()
+    logits = torch.cat([clean, adversarial])
+    loss = F.cross_entropy(logits, y)
+    assert run.history[0].loss == pytest.approx(float(loss.detach()), abs=1e-9)
+    assert run.history[0].error == pytest.approx(100 * float((logits.argmax(1) != y).double().mean()))
+    loss.backward()
     torch.optim.SGD(by_hand.parameters(), lr=0.1).step()
     for (name, one), (_, other) in zip(split.state_dict().items(), by_hand.state_dict().items(), strict=True):
         assert torch.allclose(one, other, atol=1e-9), name
@@ -941,6 +945,20 @@ def test_branches_have_passes_of_their_own_where_that_is_the_same(which: str) ->
     options = {"attack": PGD(steps=1), "clean_fraction": 0.375, **options}
     adv_finetune(split, batches(SMALL, 2), epochs=1, progress=False, **options)
     assert split.sizes == sizes * 2
+
+
+def test_what_goes_through_one_branch_by_choice_has_one_pass() -> None:
+    split = Counting(split_bn(SMALL.build()))
+    with use_branch(split, "adv"):
+        adv_finetune(split, batches(SMALL, 2), epochs=1, attack=PGD(steps=1), clean_fraction=0.375, progress=False)
+    assert split.sizes == [8, 8]
+
+
+def test_without_bn_there_is_one_pass() -> None:
+    model = Counting(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+    attack = PGD(steps=1)
+    adv_finetune(model, batches(SMALL, 2), epochs=1, train="all", attack=attack, clean_fraction=0.375, progress=False)
+    assert model.sizes == [8, 8]
 
 
 @pytest.mark.parametrize("share", ["none", "parameters", "statistics"])
