@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from bnsurgery._branches import SplitBatchNorm, routed
+from bnsurgery._branches import routed
 from bnsurgery._data import check_labels, given, unpack
 from bnsurgery._frozen import nothing_kept
 from bnsurgery._layouts import channels_last, runs_channels_last
@@ -247,7 +247,7 @@ class Tuning:
     def _try(self, x: Tensor, y: Tensor) -> StepRecord | str:
         """A whole step, or none: what an exception or a number that is not finite interrupts is undone."""
         before = Buffers(self.root)
-        clean = len(x) if self.make is None else round(self.clean_fraction * len(x))
+        clean = round(self.clean_fraction * len(x))
         whole = False
         try:
             watched = 1 in (len(x), len(x) - clean) or (self._branches is not None and clean == 1)
@@ -257,14 +257,22 @@ class Tuning:
                     x = self._mixed(x, y, clean)
                 if self._images_channels_last and x.dim() == 4:
                     x = channels_last(x) if last else x.contiguous()
-            passed = []
-            with nothing_kept(self.model) if self._lean else nullcontext():
-                for begin, end in self._parts(clean, len(x)):
-                    through = self._through(min(max(clean - begin, 0), end - begin), end - begin)
-                    passed.append(self._pass(x[begin:end], y[begin:end], len(x), through, before, watched=watched))
-            if None in passed or not self._update():
-                self._warn("skipped", f"step {self.step}: the loss or a gradient is not finite; the step is skipped")
-                return "skipped"
+            # Until the backward pass is done: activation checkpointing runs parts of the model once more in it.
+            lean = nothing_kept(self.model) if self._lean else nullcontext()
+            with lean, self._through(clean if self.make is not None else len(x), len(x)):
+                with self._one_value_ends(watched):
+                    self._set_modes()
+                    with torch.set_grad_enabled(self.optimizer is not None):
+                        logits = self._logits(x, before)
+                        check_labels(y, logits)
+                        if self._autocast is not None:
+                            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                        loss = self.loss(logits, y).mean()
+                if not self._backward(loss):
+                    self._warn(
+                        "skipped", f"step {self.step}: the loss or a gradient is not finite; the step is skipped"
+                    )
+                    return "skipped"
             whole = True
         except _OneValue as error:
             self._warn("left out", f"step {self.step}: {error}; that batch is left out")
@@ -275,56 +283,8 @@ class Tuning:
             torch.clear_autocast_cache()  # the caller's own autocast would go on with the weights of the first step
             if self.optimizer is not None:
                 self.optimizer.zero_grad(set_to_none=True)
-        loss, wrong = (sum(figures) for figures in zip(*filter(None, passed), strict=True))
-        return StepRecord(self.epoch, self.step, loss, 100 * (wrong / len(x)), self._lr(), len(x))
-
-    def _parts(self, clean: int, count: int) -> tuple[tuple[int, int], ...]:
-        """Where the parts of a batch begin and end that go through the model one after the other: mostly it is one.
-
-        On a CPU, what goes through different branches is faster by itself, since half of the batch stays closer to the
-        caches. It comes to the same where all BN layers are split, and nobody looks on.
-        """
-        if not 0 < clean < count or not self._lean or self.device.type != "cpu" or self._autocast is not None:
-            return ((0, count),)
-        modules = list(self.root.modules())
-        split = {id(layer) for module in modules if isinstance(module, SplitBatchNorm) for layer in module.children()}
-        apart = (
-            self._branches is not None
-            and self.model is self.root  # a pass under DDP waits for the other processes
-            and all(id(module) in split for module in modules if isinstance(module, _BatchNorm))
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-        )
-        return ((0, clean), (clean, count)) if apart else ((0, count),)
-
-    def _pass(
-        self,
-        x: Tensor,
-        y: Tensor,
-        batch: int,
-        through: AbstractContextManager[None],
-        before: Buffers,
-        *,
-        watched: bool,
-    ) -> tuple[float, int] | None:
-        """Forward and backward, of a batch or a part of it: what it adds to the mean loss, and how many are wrong.
-
-        None where the loss is not finite.
-        """
-        # Until the backward pass is done: activation checkpointing runs parts of the model once more in it.
-        with through:
-            with self._one_value_ends(watched):
-                self._set_modes()
-                with torch.set_grad_enabled(self.optimizer is not None):
-                    logits = self._logits(x, before)
-                    check_labels(y, logits)
-                    if self._autocast is not None:
-                        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                    loss = self.loss(logits, y).mean() * (len(x) / batch)
-            if not bool(torch.isfinite(loss)):
-                return None
-            if self.optimizer is not None:
-                loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach()), int((logits.detach().argmax(1) != y).sum())
+        error_rate = 100 * float((logits.detach().argmax(1) != y).double().mean())
+        return StepRecord(self.epoch, self.step, float(loss.detach()), error_rate, self._lr(), len(x))
 
     def _through(self, clean: int, count: int) -> AbstractContextManager[None]:
         """Sends the first ``clean`` of so many examples through the clean branch, the rest through the adversarial."""
@@ -374,10 +334,13 @@ class Tuning:
             return x
         return torch.cat([x[:clean], self.make(x[clean:], y[clean:])])
 
-    def _update(self) -> bool:
-        """Steps the optimizer; False, with nothing changed, where a gradient is not finite."""
+    def _backward(self, loss: Tensor) -> bool:
+        """Steps the optimizer; False, with nothing changed, where a number is not finite."""
+        if not bool(torch.isfinite(loss)):
+            return False
         if self.optimizer is None:
             return True
+        loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norms = torch._foreach_norm(gradients, math.inf) if gradients else ()  # the largest entry: it cannot overflow
         if norms and not bool(torch.stack([norm.float().to(self.device) for norm in norms]).isfinite().all()):

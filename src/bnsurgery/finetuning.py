@@ -133,10 +133,8 @@ def adv_finetune(
             that an attack of full strength would at once turn into a constant.
         clean_fraction: share of each batch, from its front, that stays clean, in [0, 1].
         branches: of a model from :func:`bnsurgery.split_bn`, the branch that clean examples go through, and the one
-            that adversarial examples are made on and go through (Xie and Yuille: mixture BN), for one update: in
-            one pass or, with the fast engine on a CPU in float32, in one for each, if all BN layers are split and no
-            forward hook is there to see it. Where :func:`bnsurgery.use_branch` has chosen, all goes there. Callbacks
-            find the first branch, or that one.
+            that adversarial examples are made on and go through (Xie and Yuille: mixture BN), both in one pass. Where
+            :func:`bnsurgery.use_branch` has chosen, all goes there. Callbacks find the first branch, or that one.
         consistent_bn_after: number of epochs after which BN normalises in training as it does in evaluation, by its
             running statistics, which stay from then on, while gamma and beta go on training (Xie and Yuille: consistent
             BN); below ``epochs``.
