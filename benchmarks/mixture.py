@@ -1,4 +1,4 @@
-"""How fast is training through mixture BN (Xie and Yuille), in one pass, against two passes by hand?
+"""How fast is training through mixture BN (Xie and Yuille), against what is written by hand, in one pass or two?
 
     python benchmarks/mixture.py
     python benchmarks/mixture.py --device cuda
@@ -107,6 +107,8 @@ def by_hand(make: Callable[[nn.Module], Attack], *, bfloat16: bool = False, one_
             model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
         )
         attack = make(model)
+        careful = next(model.parameters()).is_contiguous(memory_format=torch.channels_last)  # as the attack has made it
+        formats = torch.channels_last if careful else torch.contiguous_format
         for x, y in batches:
             switch(model, "adv")
             adversarial = attack(x, y)
@@ -117,6 +119,7 @@ def by_hand(make: Callable[[nn.Module], Attack], *, bfloat16: bool = False, one_
                 parts = [("both", torch.cat([x, adversarial]), torch.cat([y, y]))]
             total = torch.zeros((), device=x.device)
             for through, images, labels in parts:
+                images = images.contiguous(memory_format=formats)
                 switch(model, through)
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
                     logits = model(images)
@@ -163,7 +166,7 @@ def measure(case: Case, device: torch.device, *, repeats: int, steps: int) -> di
         name: {
             "images_per_second": case.batch / statistics.median(itertools.chain(*(own[1:] for own in times[name]))),
             "ratio": middle(peer / mine for peer, mine in zip(usual[BASELINE], own, strict=True)),
-            "set_up_seconds": statistics.median(rounds[0] for rounds in times[name]) - statistics.median(own),
+            "set_up_seconds": middle(took[0] - statistics.median(took[1:]) for took in times[name]),
         }
         for name, own in usual.items()
     }
@@ -191,7 +194,7 @@ def main() -> int:
         record["models"][name] = own | measured
         for which, row in measured["contenders"].items():
             speed = f"{row['images_per_second']:10.2f} images/s{spread(row['ratio']):>28} x {BASELINE}"
-            print(f"  {which:40}{speed}, set-up {row['set_up_seconds']:.2f} s")
+            print(f"  {which:40}{speed}, set-up {spread(row['set_up_seconds'])} s")
         write()
     return 0
 

@@ -173,7 +173,7 @@ def mixture(record: Mapping[str, Any]) -> str:
         cells = []
         for name in names:
             own = record["models"][name]["contenders"][which]
-            cells += [f"{own['images_per_second']:.1f}", spread(own["ratio"]), f"{own['set_up_seconds']:.1f}"]
+            cells += [f"{own['images_per_second']:.1f}", spread(own["ratio"]), spread(own["set_up_seconds"])]
         rows.append([which, *cells])
     head = [cell for name in names for cell in (f"{name}, images/s", "ratio", "set-up, s")]
     commands = [own["command"] for own in record["models"].values()]

@@ -350,16 +350,50 @@ def test_a_row_that_begins_as_another_needs_its_checkpoint_as_it_was(
     record, fork = now.folder.record("adv-20-consistent", "train"), now.folder.interim("adv-20.epoch1.checkpoint")
     record.unlink()
     fork.write_bytes(now.folder.interim("mix-20.epoch1.checkpoint").read_bytes())
-    remedy = r"remove .*adv-20.train.json, and it is trained again"
-    with pytest.raises(Problem, match=rf"adv-20.epoch1.checkpoint is not the checkpoint of .*: {remedy}"):
-        now.make("adv-20-consistent")
-    fork.unlink()
-    with pytest.raises(Problem, match=rf"cannot read .*adv-20.epoch1.checkpoint \(No such file.*\): {remedy}"):
+    message = r"adv-20.epoch1.checkpoint is not the checkpoint of .*adv-20.train.json: remove it, and its epochs are"
+    with pytest.raises(Problem, match=message):
         now.make("adv-20-consistent")
     assert not list(now.folder.interim("").glob("adv-20-consistent.*json"))
     now.folder.record("adv-20", "train").unlink()
     with pytest.raises(Problem, match=r"adv-20 is not trained yet in .*, and adv-20-consistent needs it"):
         now.make("adv-20-consistent")
+
+
+@pytest.mark.parametrize("missing", ["file", "record"])
+def test_where_that_checkpoint_is_not_here_the_row_is_trained_from_the_beginning(
+    missing: str, finished: dict[str, Lab], images: data.Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = copied(finished, images, tmp_path, "xie")
+    whole, base = now.trained("adv-20-consistent"), now.folder.record("adv-20", "train")
+    now.folder.record("adv-20-consistent", "train").unlink()
+    if missing == "file":
+        now.folder.interim("adv-20.epoch1.checkpoint").unlink()
+    else:
+        base.write_text(json.dumps({k: v for k, v in now.trained("adv-20").items() if k != "forks"}), "utf-8")
+    assert now.make("adv-20-consistent")
+    assert "adv-20.epoch1.checkpoint is not here: its 1 epochs are trained again" in capsys.readouterr().out
+    record = now.trained("adv-20-consistent")
+    assert record["sha256"] == whole["sha256"]
+    assert record["history"][0]["seconds"] != whole["history"][0]["seconds"]
+    assert len(record["calls"]) == 1
+
+
+def test_a_checkpoint_that_goes_missing_on_the_way_is_not_asked_for(
+    finished: dict[str, Lab], images: data.Images, tmp_path: Path
+) -> None:
+    now = copied(finished, images, tmp_path, "xie")
+    whole, fork = now.trained("adv-20"), now.folder.interim("adv-20.epoch1.checkpoint")
+    now.folder.record("adv-20", "train").unlink()
+    measure = now.measures
+
+    def harmful(*given: Any) -> dict[str, Any]:
+        fork.unlink(missing_ok=True)  # after the second epoch it has just been made
+        return measure(*given)
+
+    now.measures = harmful  # type: ignore[method-assign]
+    assert now.make("adv-20")
+    assert "forks" not in now.trained("adv-20")
+    assert now.trained("adv-20")["sha256"] == whole["sha256"]
 
 
 @pytest.mark.parametrize("where", ["measures", "calls", "checkpoint"])
@@ -383,6 +417,7 @@ def test_a_row_that_begins_as_another_and_is_stopped_there_begins_again(
             now.make("mbn-20-consistent")
     assert now.make("mbn-20-consistent")
     assert now.trained("mbn-20-consistent")["sha256"] == whole["sha256"]
+    assert now.trained("mbn-20-consistent")["history"][0] == whole["history"][0]  # seconds too
 
 
 @pytest.mark.parametrize(("program", "key"), [("benz", "adv-bn"), ("xie", "mbn-20")])

@@ -20,7 +20,7 @@ def evaluate(lab: Lab, key: str) -> bool:
 
     Raises:
         Diverged: its outputs are not finite.
-        Problem: as :func:`train`.
+        Problem: as in training.
     """
     if lab.evaluation(key) is not None:
         return True

@@ -76,6 +76,7 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
     run = tune(lab, row.name, model, batches, checkpoint, epochs=epochs, callbacks=[after], **lab.options(row))
     if run.ended != "epochs":
         return False
+    kept = {epoch: path for epoch in forks if (path := _fork(lab, key, epoch)).exists()}
     data, sha256 = serialized(model)
     write(folder.weights(key), lambda partial: partial.write_bytes(data))
     write_json(
@@ -88,7 +89,7 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
             "snapshots": {
                 str(epoch): _hash(folder.interim(f"{key}.epoch{epoch}.safetensors")) for epoch in snapshots(row, epochs)
             },
-            **({"forks": {str(epoch): _hash(_fork(lab, key, epoch)) for epoch in forks}} if forks else {}),
+            **({"forks": {str(epoch): _hash(path) for epoch, path in kept.items()}} if kept else {}),
             "seconds": round(sum(record.seconds for record in run.history), 1),
             "history": run.record()["history"],
             "measures": measured,
@@ -104,15 +105,20 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
 def _begin_as(
     lab: Lab, key: str, epoch: int, checkpoint: Path, log: Path, curve: Path, needs: dict[str, str | None]
 ) -> None:
-    """Makes the first epochs of another row those of one that is not begun; its checkpoint is written last."""
+    """Makes the first epochs of another row those of one that is not begun; its checkpoint is written last.
+
+    Where the other row's checkpoint of then is not here, as with results of another machine, nothing is done: training
+    from the beginning comes to the same.
+    """
     record, path = lab.trained(key), _fork(lab, key, epoch)
-    remedy = f"remove {lab.folder.record(key, 'train')}, and it is trained again"
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise Problem(f"cannot read {path} ({error.strerror}): {remedy}") from None
-    if hashlib.sha256(data).hexdigest() != record.get("forks", {}).get(str(epoch)):
-        raise Problem(f"{path} is not the checkpoint of {lab.folder.record(key, 'train')}: {remedy}")
+    sha256 = record.get("forks", {}).get(str(epoch))
+    if sha256 is None or not path.exists():
+        print(f"{path} is not here: its {epoch} epochs are trained again", flush=True)
+        return
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        record_path, remedy = lab.folder.record(key, "train"), "remove it, and its epochs are trained again"
+        raise Problem(f"{path} is not the checkpoint of {record_path}: {remedy}")
     write_json(curve, {"measures": [found for found in record["measures"] if found["epoch"] <= epoch]})
     write_json(log, {"calls": record["calls"], "needs": needs})
     write(checkpoint, lambda partial: partial.write_bytes(data))
