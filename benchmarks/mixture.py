@@ -107,8 +107,6 @@ def by_hand(make: Callable[[nn.Module], Attack], *, bfloat16: bool = False, one_
             model.parameters(), lr=LR, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY
         )
         attack = make(model)
-        careful = next(model.parameters()).is_contiguous(memory_format=torch.channels_last)  # as the attack has made it
-        formats = torch.channels_last if careful else torch.contiguous_format
         for x, y in batches:
             switch(model, "adv")
             adversarial = attack(x, y)
@@ -119,7 +117,6 @@ def by_hand(make: Callable[[nn.Module], Attack], *, bfloat16: bool = False, one_
                 parts = [("both", torch.cat([x, adversarial]), torch.cat([y, y]))]
             total = torch.zeros((), device=x.device)
             for through, images, labels in parts:
-                images = images.contiguous(memory_format=formats)
                 switch(model, through)
                 with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
                     logits = model(images)
@@ -170,12 +167,7 @@ def measure(case: Case, device: torch.device, *, repeats: int, steps: int) -> di
         }
         for name, own in usual.items()
     }
-    return {
-        "step_seconds": times,
-        "contenders": rows,
-        "repeats": repeats,
-        "steps": steps,
-    }
+    return {"step_seconds": times, "contenders": rows, "repeats": repeats, "steps": steps}
 
 
 def main() -> int:
