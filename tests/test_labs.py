@@ -653,6 +653,8 @@ def test_a_result_of_something_that_was_replaced_is_refused(
     path.unlink()
     with pytest.raises(Problem, match="was made of a result of adv-bn, which is not here: remove it"):
         now.training("robust")
+    with pytest.raises(Problem, match=r"adv-bn\.evaluate\.json belongs to .*adv-bn\.train\.json, which is not here"):
+        now.evaluation("adv-bn")
 
 
 @pytest.mark.parametrize(

@@ -1178,6 +1178,18 @@ def test_a_damaged_evaluation_is_named_by_all_who_read_it(
     assert contents(folder.root) == before
 
 
+def test_an_evaluation_without_its_training_is_kept(
+    as_in_the_paper: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = as_in_the_paper.folder
+    folder.record("bn-stats", "train").unlink()
+    assert walter.main(["check", "--out", str(folder.root), "--width", "2"]) == 2
+    message = (
+        f"{folder.record('bn-stats', 'evaluate')} belongs to {folder.record('bn-stats', 'train')}, which is not here"
+    )
+    assert f"{message}: put that back" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["cut", "no chunks", "other network"])
 def test_a_damaged_half_of_an_evaluation_is_named(
     trained: training.Context, damage: str, few_attacks: list[int], tmp_path: Path

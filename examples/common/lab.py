@@ -135,9 +135,11 @@ class Lab(Work, ABC):
         path = self.folder.record(key, "evaluate")
         record = kept(path, look_at_tests, self.test_settings(self.rows[key]))
         if record is not None:
-            trained = self.training(key)
-            if trained is None or trained["sha256"] != record["sha256"]:
-                raise Problem(f"{path} is of another network than {self.folder.record(key, 'train')}: remove it")
+            trained, of = self.training(key), self.folder.record(key, "train")
+            if trained is None:
+                raise Problem(f"{path} belongs to {of}, which is not here: put that back, or remove this")
+            if trained["sha256"] != record["sha256"]:
+                raise Problem(f"{path} is of another network than {of}: remove it")
         return record
 
     def require_needs(self, path: Path, record: Mapping[str, Any], key: str) -> None:

@@ -76,9 +76,11 @@ class Results:
         record = kept(path, _look_at_evaluation, self.scale.of_evaluation(ROWS[key], self.folder.width))
         if record is None:
             return None
-        trained = self.training(key)
-        if trained is None or trained["sha256"] != record["sha256"]:
-            raise Problem(f"{path} is of another network than {self.folder.record(key, 'train')}: remove it")
+        trained, of = self.training(key), self.folder.record(key, "train")
+        if trained is None:
+            raise Problem(f"{path} belongs to {of}, which is not here: put that back, or remove this")
+        if trained["sha256"] != record["sha256"]:
+            raise Problem(f"{path} is of another network than {of}: remove it")
         return record
 
     def seconds_an_epoch(self, row: Row) -> float | None:
