@@ -153,6 +153,9 @@ def test_a_feature_set_is_a_row_of_images_with_both_labels() -> None:
         plot_feature_set(FeatureSet(3 * images, made.labels, made.sources, "random", 4, 0, 1))
     with pytest.raises(ValueError, match="classes must name 4 classes at least, got 2"):
         plot_feature_set(made, classes=["cat", "dog"])
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"count must be at least 1, got {count}"):
+            plot_feature_set(made, count=count)
     vectors = FeatureSet(torch.rand(4, 3), made.labels, made.sources, "random", 4, 0, 1)
     with pytest.raises(ValueError, match=r"images \(N, C, H, W\) of 1 or 3 channels, got \(4, 3\)"):
         plot_feature_set(vectors)

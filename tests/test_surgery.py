@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -164,6 +165,46 @@ def test_hooks_go_with_each_branch_and_come_back() -> None:
     kept = keep_branch(split, "adv")
     kept(x)
     assert seen[2] is kept[1]
+
+
+def test_a_split_layer_with_hooks_or_a_forward_of_its_own_is_not_taken_apart() -> None:
+    x = SMALL.example()
+    for spoil, what in (
+        (lambda layer: layer.register_forward_hook(lambda _layer, _inputs, outputs: 2 * outputs), "hooks"),
+        (lambda layer: setattr(layer, "forward", layer.forward), "a forward of its own"),
+    ):
+        split = split_bn(SMALL.build()).eval()
+        spoil(split[4])
+        for call in (
+            lambda split: keep_branch(split, "adv"),
+            lambda split: fuse_bn(split, x),
+            lambda split: plan_fusion(split, x),
+        ):
+            with pytest.raises(BNSurgeryError, match=rf"'4' \(SplitBatchNorm\) has {what}, which would be lost: put"):
+                call(split)
+
+
+class Scaled(nn.BatchNorm1d):
+    def forward(self, x: Tensor, *, y: float = 1.0) -> Tensor:
+        return y * super().forward(x)
+
+
+def test_a_split_layer_is_called_as_the_layer_was() -> None:
+    layer, x = shake(Scaled(3)).eval(), torch.rand(4, 3)
+    split = split_bn(layer)
+    assert torch.equal(split(x=x, y=2), layer(x, y=2))
+    with use_branch(split, torch.tensor([0, 1, 0, 1])):
+        assert torch.allclose(split(x=x), layer(x))
+        with pytest.raises(BNSurgeryError, match="was called with 2 arguments, and takes one where examples take diff"):
+            split(x, y=2)
+
+
+def test_a_part_of_a_model_routes_what_was_split_with_it() -> None:
+    split, x = apart(split_bn(SMALL.build())).eval(), SMALL.example()
+    with use_branch(split, "adv"):
+        expected = split(x)
+    with use_branch(split[4], "adv"):
+        assert torch.equal(split(x), expected)
 
 
 @dataclass
@@ -429,11 +470,10 @@ def test_a_model_that_is_gone_leaves_nothing_behind() -> None:
     split = split_bn(SMALL.build())
     with use_branch(split, "adv"):
         split(SMALL.example())
-    router = split[1].router
-    assert router.chosen is None
+    gone = [weakref.ref(split), weakref.ref(split[1].router)]
     del split
     gc.collect()
-    assert router.selected() == "clean"
+    assert [reference() for reference in gone] == [None, None]
 
 
 # Compiled, wrapped, moved.
@@ -777,6 +817,7 @@ def test_a_model_that_is_not_split_has_no_branches(call: Callable[..., Any]) -> 
         (torch.tensor([0, -1, 0, 0, 0, 0]), r"numbers among 0 \('clean'\), 1 \('adv'\), got -1 to 0"),
         (torch.zeros(6), r"integers \(N,\), one for each example, got a tensor \(6,\) of torch.float32"),
         (torch.zeros(6, 1, dtype=torch.int64), r"integers \(N,\), .*, got a tensor \(6, 1\)"),
+        (torch.zeros(6, dtype=torch.int64).to_sparse(), r"integers \(N,\), one for each example, got a tensor \(6,\)"),
         (3, r"branch must be a name, or a tensor of integers \(N,\), got a int"),
         ([0, 1], r"branch must be a name, or a tensor of integers \(N,\), got a list of 2"),
     ],
@@ -809,6 +850,7 @@ def test_fusing_and_planning_take_one_branch(untouched: nn.Module) -> None:
         (("a", "b.c"), "Python identifiers, and no attributes of modules, .* got 'b.c'"),
         (("a", "train"), "got 'train'"),
         (("a", "router"), "got 'router'"),
+        (("a", "running_mean"), r"as an attribute of '1' \(BatchNorm2d\), got 'running_mean'"),
         (("a", 3), "got 3"),
     ],
 )
@@ -970,6 +1012,34 @@ def test_a_mixed_run_goes_on_from_its_checkpoint_to_the_same_bits(tmp_path: Path
     assert same(whole, cut)
 
 
+@pytest.mark.parametrize("train", ["bn", "bn-stats"])
+def test_a_checkpoint_of_another_branch_or_of_other_sharing_is_refused(tmp_path: Path, train: Any) -> None:
+    options: dict[str, Any] = {"epochs": 2, "attack": PGD(steps=1), "progress": False, "train": train}
+    options |= {"checkpoint": tmp_path / "run", "max_seconds": 1e-9}
+    with use_branch(split := split_bn(SMALL.build()), "adv"):
+        adv_finetune(split, batches(SMALL), **options)
+    untouched = split_bn(SMALL.build())
+    with use_branch(untouched, "clean"), pytest.raises(CheckpointError, match=r"use_branch was .*adv.*, is .*clean"):
+        adv_finetune(untouched, batches(SMALL), **options)
+    with pytest.raises(CheckpointError, match=r"branches was None, is \['clean', 'adv'\]; use_branch was"):
+        adv_finetune(untouched, batches(SMALL), **options)
+    shared = split_bn(SMALL.build(), share="statistics")
+    with use_branch(shared, "adv"), pytest.raises(CheckpointError, match=r"share was \{'none': 3}, is \{'stati"):
+        adv_finetune(shared, batches(SMALL), **options)
+    assert same(untouched, split_bn(SMALL.build()))
+    with use_branch(split, "adv"):
+        assert len(adv_finetune(split, batches(SMALL), **options).history) == 2
+
+
+def test_branches_are_chosen_for_all_split_layers_or_for_none() -> None:
+    model = nn.Sequential(*(nn.Sequential(split_bn(nn.BatchNorm1d(3))) for _ in range(2)), nn.Linear(3, 10))
+    before = copy.deepcopy(model)
+    data = [(torch.rand(4, 3), torch.arange(4))]
+    with use_branch(model[0], "adv"), pytest.raises(BNSurgeryError, match="has chosen for some split layers and not f"):
+        adv_finetune(model, data, epochs=1, attack=None, progress=False)
+    assert same(model, before)
+
+
 def test_a_copy_of_a_checkpoint_goes_on_with_consistent_bn_to_the_same_bits(tmp_path: Path) -> None:
     data, path = batches(SMALL), tmp_path / "run"
     options: dict[str, Any] = {"epochs": 4, "attack": PGD(steps=2), "progress": False}
@@ -1124,7 +1194,7 @@ def test_a_consistent_step_is_that_of_a_network_in_evaluation_mode() -> None:
         assert torch.allclose(one, other, atol=1e-10), name
 
 
-@pytest.mark.parametrize("after", [-1, 3, 1.5, "1"])
+@pytest.mark.parametrize("after", [-1, 3, 1.5, "1", True])
 def test_an_epoch_that_is_none_is_refused(after: Any) -> None:
     with pytest.raises(ValueError, match=f"from 0 to below epochs=3, got {after!r}"):
         adv_finetune(SMALL.build(), batches(SMALL), epochs=3, consistent_bn_after=after, progress=False)

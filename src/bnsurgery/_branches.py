@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._routing import Router, Routing, Rows, key_of
+from bnsurgery.errors import BNSurgeryError
 from bnsurgery.layers import PARAMETERS, STATISTICS, label
 
 Share = Literal["none", "parameters", "statistics"]
@@ -40,12 +41,17 @@ class SplitBatchNorm(nn.Module):
         self.training = next(iter(branches.values())).training
         self.tie()
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch names it
-        """BN of x (N, C, ...), each example through its branch."""
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """BN of x (N, C, ...), each example through its branch; a branch for all is called as this is."""
         routing = self.router.passing()
         if isinstance(routing, str):
-            outputs: Tensor = self.branch(routing)(input)
-            return outputs
+            return self.branch(routing)(*inputs, **named)
+        if len(inputs) + len(named) != 1:
+            raise BNSurgeryError(
+                f"{label(self.place, self)} was called with {len(inputs) + len(named)} arguments, and takes one where "
+                "examples take different branches: choose one for all of them by its name"
+            )
+        (input,) = (*inputs, *named.values())  # noqa: A001
         if len(input) != routing.count:
             raise ValueError(
                 f"{label(self.place, self)} was given a batch of {len(input)}, and use_branch one of {routing.count} "
@@ -173,6 +179,17 @@ def routed(model: nn.Module, routing: Routing) -> Iterator[None]:
 def route_of(model: nn.Module) -> tuple[Any, ...]:
     """Equal only where the passes of this thread take the same way through the split layers of a model."""
     return tuple(key_of(router.selected()) for router in routers(model))
+
+
+def layout_of(model: nn.Module) -> dict[str, Any]:
+    """What the passes of this thread depend on beside the tensors, as plain values; nothing where nothing is split."""
+    shares = [module.share for module in model.modules() if isinstance(module, SplitBatchNorm)]
+    if not shares:
+        return {}
+    return {
+        "share": {share: shares.count(share) for share in sorted(set(shares))},
+        "use_branch": [None if router.chosen is None else repr(key_of(router.chosen)) for router in routers(model)],
+    }
 
 
 def by_example(model: nn.Module) -> bool:

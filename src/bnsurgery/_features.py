@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from bnsurgery._data import Data
 from bnsurgery._evaluating import Run, running
 from bnsurgery._geometry import Norm
+from bnsurgery._tracing import leaves
 from bnsurgery.attacks import PGD
 from bnsurgery.engine import Engine, EngineLike, Precision, check_precision, chosen_engine, dtype_for
 from bnsurgery.errors import BNSurgeryError
@@ -185,7 +186,9 @@ class Penultimate(nn.Module):
         """Features (N, D)."""
         found: list[Tensor] = []
         layer = dict(named_modules(self.model))[self.layer]
-        handle = layer.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0]))
+        handle = layer.register_forward_pre_hook(
+            lambda _module, inputs, named: found.extend([*leaves((inputs, named), Tensor)][:1]), with_kwargs=True
+        )
         try:
             self.model(x)
         finally:
@@ -202,7 +205,10 @@ def _layer(model: nn.Module, features: str | None) -> str:
         if not linear:
             raise ValueError("the model has no linear layer: say features=, the layer whose input is to be matched")
         return linear[-1]
-    return next(iter(select(names, features, "features")))
+    found = [*select(names, features, "features")]
+    if len(found) > 1:
+        raise ValueError(f"features={features!r} must be one layer, and is {len(found)}, {found[0]!r} among them")
+    return found[0]
 
 
 class _Making:

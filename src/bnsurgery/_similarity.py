@@ -80,8 +80,10 @@ def input_gradient_similarity(
 
     Source: Benz, Zhang and Kweon (arXiv 2010.03316): the mean over the test set of cos(grad_x L(F(x), y),
     grad_x L(F(x + d), y)), d ~ N(0, 0.01^2) for each pixel, without clamping, in evaluation mode, with respect to the
-    image before normalisation. It is near 1 for a network with random weights too: look at it beside clean accuracy.
-    Each gradient is one forward and one backward pass of a batch, in the model's own precision.
+    image before normalisation. Look at it beside clean accuracy: it may be near 1 where nothing has been learned. BN
+    that has seen no data yet does nothing; BN without running statistics normalises by the batch, so that
+    ``batch_size`` decides too. Each gradient is one forward and one backward pass of a batch, in the model's own
+    precision.
 
     Args:
         model: maps inputs to logits (N, K).

@@ -17,7 +17,7 @@ from torch import nn
 
 from bnsurgery import _checkpoints
 from bnsurgery._allocator import keeping_memory
-from bnsurgery._branches import routers
+from bnsurgery._branches import layout_of, routers
 from bnsurgery._data import is_pair
 from bnsurgery._modes import global_state, preserved
 from bnsurgery._moments import slowest
@@ -134,7 +134,8 @@ def adv_finetune(
         clean_fraction: share of each batch, from its front, that stays clean, in [0, 1].
         branches: of a model from :func:`bnsurgery.split_bn`, the branch that clean examples go through, and the one
             that adversarial examples are made on and go through (Xie and Yuille: mixture BN), both in one pass. Where
-            :func:`bnsurgery.use_branch` has chosen, all goes there. Callbacks find the first branch, or that one.
+            :func:`bnsurgery.use_branch` has chosen, for all split layers, all goes there. Callbacks find the first
+            branch, or that one.
         consistent_bn_after: number of epochs after which BN normalises in training as it does in evaluation, by its
             running statistics, which stay from then on, while gamma and beta go on training (Xie and Yuille: consistent
             BN); below ``epochs``.
@@ -267,6 +268,7 @@ def adv_finetune(
             "step": str(autocast),
             "train": train,
             "trainable": [[name, *parameters[name].shape] for name in trainable],
+            **layout_of(root),
         }
         with tuning.running(), keeping_memory(device, wanted=switches is not None and switches.keep_memory):
             if path is not None and path.exists():
@@ -391,8 +393,14 @@ def _parted(model: nn.Module, branches: tuple[str, str]) -> bool:
         raise ValueError(f"branches must be two, for clean and for adversarial examples, got {branches!r}")
     if not found and tuple(branches) != ("clean", "adv"):
         raise ValueError(f"branches={branches!r}, and no BN layer is split: use split_bn, which returns a copy")
-    if not found or all(router.chosen is not None for router in found):
+    chosen = [router.chosen is not None for router in found]
+    if all(chosen):
         return False
+    if any(chosen):
+        raise BNSurgeryError(
+            "use_branch has chosen for some split layers and not for others, which were split by another call: choose "
+            "for the whole model, or for none"
+        )
     try:
         require_branches(model, branches)
     except ValueError as error:
@@ -403,7 +411,8 @@ def _parted(model: nn.Module, branches: tuple[str, str]) -> bool:
 def _check_consistent(consistent_bn_after: int | None, epochs: int, train: str, model: nn.Module) -> None:
     if consistent_bn_after is None:
         return
-    if not (isinstance(consistent_bn_after, int) and 0 <= consistent_bn_after < epochs):
+    whole = isinstance(consistent_bn_after, int) and not isinstance(consistent_bn_after, bool)
+    if not (whole and 0 <= consistent_bn_after < epochs):
         raise ValueError(
             f"consistent_bn_after must be a whole number from 0 to below epochs={epochs}, got {consistent_bn_after!r}"
         )

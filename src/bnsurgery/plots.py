@@ -243,7 +243,7 @@ def plot_feature_set(
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        ValueError: the images are of another shape or range, or there is none; a class has no name.
+        ValueError: ``count`` below 1; the images are of another shape or range, or there is none; a class has no name.
 
     Example:
         >>> import torch
@@ -255,6 +255,8 @@ def plot_feature_set(
         >>> [tick.get_text() for tick in ax.get_xticklabels()]
         ['0 to 1', '1 to 2']
     """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
     images = made.images[:count].detach().float().cpu()
     if images.dim() != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"made must hold images (N, C, H, W) of 1 or 3 channels, got {tuple(made.images.shape)}")

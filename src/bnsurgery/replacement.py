@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
 
 from bnsurgery._branches import SplitBatchNorm
 from bnsurgery._copies import private_copy, rebind
@@ -38,7 +39,8 @@ class Replacement:
         layers: what took the place of each BN layer, in words.
         carried: layers whose gamma and beta went into what took their place.
         dropped: layers whose gamma and beta did not: there is no place for them, or it does not mean the same.
-        kept: BN layers that stay: those not asked for, and FrozenBatchNorm2d.
+        kept: BN layers that stay: those not asked for, those inside of a layer that a function returned, and
+            FrozenBatchNorm2d.
     """
 
     layers: dict[str, str]
@@ -70,16 +72,18 @@ def replace_bn(
     """Puts another normalization, or none, in the place of each BN layer; returns a copy and a report.
 
     Statistics go, eps stays. Gamma and beta stay where they mean the same, a scale and a shift of each normalized
-    channel: in GroupNorm, InstanceNorm and BN. Timm's BatchNormAct2d leaves its dropout and activation behind, unless a
-    function returns what has an activation ``act`` of its own. A layer that is used in several places is replaced in
-    all of them by one.
+    channel: in GroupNorm, InstanceNorm and BN; where layers share them, so does what takes their place. Timm's
+    BatchNormAct2d leaves its dropout and activation behind, unless a function returns what has one already: ``act``,
+    another module of the activation's class, or the BN layer itself. A layer that is used in several places is replaced
+    in all of them by one.
 
     Args:
         model: any module with BN layers; wrapped ones are looked through, and the copy is without wrappers.
         kind: ``"group"``: GroupNorm. ``"layer"``: GroupNorm with one group, over channels and positions together.
             ``"instance"``: each channel of each example by itself: InstanceNorm2d or InstanceNorm3d, or, of other
             classes, an InstanceNorm of any number of dimensions; the inputs must have positions, (N, C, ...).
-            ``"none"``: Identity. Or a function from a copy of the BN layer to the module that takes its place.
+            ``"none"``: Identity. Or a function from a copy of the BN layer to the module that takes its place, or that
+            holds this copy.
         groups: of GroupNorm, in how many groups channels are: a divisor of their number.
         carry: whether gamma and beta are carried over; with ``False`` they are as in a new layer, or as the function
             made them.
@@ -87,7 +91,8 @@ def replace_bn(
 
     Returns:
         The copy, in the same modes, without gradients, and the report, as in ``model, report = replace_bn(...)``. What
-        is carried over keeps its dtype and device.
+        is carried over keeps its dtype and device, and what is new has those of the layer, or of the model where that
+        has none; a function sees to it itself.
 
     Raises:
         NoBatchNormError: there is no BN layer.
@@ -121,7 +126,13 @@ def replace_bn(
     dropped: list[str] = []
     taken: dict[int, str] = {}
     held: list[nn.Module] = []  # so that no other module gets their ids
+    stayed: list[str] = []
+    staying: set[int] = set()
+    inside = {id(part) for layer in chosen.values() for part in layer.modules() if part is not layer}
     for name, layer in chosen.items():
+        if id(layer) in inside:  # it stays with the layer that holds it, or goes with it
+            (stayed if id(layer) in staying else dropped).append(name)
+            continue
         own = copy.deepcopy(layer)
         new = kind(own) if callable(kind) else _made(layer, kind, groups)
         held.append(new)
@@ -130,12 +141,20 @@ def replace_bn(
         if id(new) in taken:
             raise ValueError(f"kind returned the same module for {taken[id(new)]!r} and {name!r}: make one for each")
         taken[id(new)] = name
+        if not callable(kind):
+            new.to(**_like(layer, model))
+        if any(module is own for module in new.modules()):  # which has its gamma and beta already
+            _tied(layer, own, memo)
+            staying |= {id(part) for part in layer.modules()}
+            done = carried
+        else:
+            done = carried if carry and _carried(layer, new, memo) else dropped
         if any(trainable_parts(layer, part) for part in PARAMETERS):
-            (carried if (carry and _carried(layer, new)) or new is own else dropped).append(name)
+            done.append(name)
         words[name] = repr(new)
         memo[id(layer)] = _with_activation(own, new).train(layer.training)
     frozen = [name for name, module in named_modules(model) if is_frozen_bn(module)]
-    kept = (*(name for name in found if name not in chosen), *frozen)
+    kept = (*(name for name in found if name not in chosen), *stayed, *frozen)
     new_layers = list(memo.values())
     private = private_copy(model, memo, error=BNSurgeryError)
     rebind(private, new_layers)
@@ -177,9 +196,27 @@ def _made(layer: _BatchNorm, kind: Kind, groups: int) -> nn.Module:
     return new
 
 
-def _carried(layer: _BatchNorm, new: nn.Module) -> bool:
-    """Puts gamma and beta into what takes a layer's place, if they mean the same there; whether they did."""
-    if not isinstance(new, (nn.GroupNorm, _InstanceNorm, _BatchNorm)):
+def _like(layer: _BatchNorm, model: nn.Module) -> dict[str, Any]:
+    """Dtype and device of a layer, or of the model where it has no tensors."""
+    tensors = (*layer.parameters(), *layer.buffers(), *model.parameters(), *model.buffers())
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    return {} if first is None else {"dtype": first.dtype, "device": first.device}
+
+
+def _tied(layer: _BatchNorm, own: nn.Module, memo: dict[int, Any]) -> None:
+    """Lets a layer's copy hold the parameters that a former one holds in place of those which both layers share."""
+    for part, parameter in layer.named_parameters(recurse=False):
+        copied = own._parameters.get(part)
+        if copied is not None and copied.shape == parameter.shape:
+            setattr(own, part, memo.setdefault(id(parameter), copied))
+
+
+def _carried(layer: _BatchNorm, new: nn.Module, memo: dict[int, Any]) -> bool:
+    """Puts gamma and beta into what takes a layer's place, if they mean the same there; whether they did.
+
+    ``memo`` has what became of which parameter, by ``id``: one that layers share stays shared.
+    """
+    if not isinstance(new, (nn.GroupNorm, _InstanceNorm, _BatchNorm)) or parametrize.is_parametrized(new):
         return False
     parts = {part: read(layer, part) for part in PARAMETERS}
     held = {part: getattr(new, part) for part, value in parts.items() if value is not None}
@@ -188,16 +225,33 @@ def _carried(layer: _BatchNorm, new: nn.Module) -> bool:
     for part in held:
         value = cast(Tensor, parts[part]).detach()
         trains = any(parameter.requires_grad for parameter in trainable_parts(layer, part).values())
-        setattr(new, part, nn.Parameter(value.clone(), trains))
+        parameter = nn.Parameter(value.clone(), trains)
+        old = layer._parameters.get(part)
+        setattr(new, part, parameter if old is None else memo.setdefault(id(old), parameter))
+        for other in (getattr(new, other) for other in PARAMETERS if other not in held):
+            if other is not None:  # a beta that is new, say, beside a gamma that was there
+                other.data = other.data.to(value)
     return True
 
 
 def _with_activation(layer: _BatchNorm, new: nn.Module) -> nn.Module:
-    """With timm's dropout and activation after it, where the BN layer has them."""
-    if not has_activation(layer) or hasattr(new, "act"):  # it brings its own
+    """With timm's dropout and activation after it, where the BN layer has them and it has none."""
+    if not has_activation(layer):
+        return new
+    called = list(_called(new))
+    brings = type(new) not in _OF_TORCH and hasattr(new, "act")
+    if brings or any(module is layer or type(module) is type(layer.act) for module in called):
         return new
     parts = {"norm": new, "drop": cast(nn.Module, layer.drop), "act": cast(nn.Module, layer.act)}
     return nn.Sequential(OrderedDict(parts))
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those in it, but what norms of torch hold and never call, as after ``convert_sync_batchnorm``."""
+    yield module
+    if type(module) not in _OF_TORCH:
+        for part in module.children():
+            yield from _called(part)
 
 
 class InstanceNorm(_InstanceNorm):
@@ -219,3 +273,8 @@ _INSTANCE: dict[type[_BatchNorm], type[_InstanceNorm]] = {
     nn.BatchNorm3d: nn.InstanceNorm3d,
 }
 """That of one dimension would take (N, C) for an example without a batch."""
+_OF_TORCH = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm, nn.LayerNorm),
+)
+"""These call no module that they hold."""

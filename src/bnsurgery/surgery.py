@@ -20,6 +20,7 @@ from bnsurgery._branches import SHARES, Share, SplitBatchNorm, keeping, routers
 from bnsurgery._copies import private_copy, rebind
 from bnsurgery._data import describe
 from bnsurgery._routing import Router, Routing, Rows
+from bnsurgery._tracing import is_hooked
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.layers import bn_layers, device_of, label, named_modules, require_statistics, select, unwrap
 
@@ -41,13 +42,14 @@ def split_bn(
     Args:
         model: any module with BN layers, none of them split; wrapped ones are looked through, and the copy is without
             wrappers.
-        branches: their names, at least one, each a Python identifier that is no attribute of modules.
+        branches: their names, at least one, each a Python identifier that is no attribute of modules or of the layers.
         share: what the branches of a layer hold together. ``"none"``: nothing. ``"parameters"``: gamma and beta, so
             that the statistics alone are apart. ``"statistics"``: these, so that gamma and beta alone are.
         layers: qualified names or globs of the layers to split; all by default.
 
     Returns:
-        The copy, in the same modes, without gradients. DistributedDataParallel around it needs
+        The copy, in the same modes, without gradients. Parameters that BN layers share stay shared within each branch;
+        what is outside of them, the first branch goes on sharing. DistributedDataParallel around it needs
         ``find_unused_parameters=True`` where a step takes one branch alone.
 
     Raises:
@@ -80,6 +82,9 @@ def split_bn(
             )
     chosen = found if layers is None else select(found, layers, "layers")
     for name, layer in chosen.items():
+        for branch in names:
+            if hasattr(layer, branch):
+                raise ValueError(f"branches must not be named as an attribute of {label(name, layer)}, got {branch!r}")
         if any(isinstance(inner, _BatchNorm) for inner in layer.modules() if inner is not layer):
             raise BNSurgeryError(
                 f"{label(name, layer)} holds BN layers of its own, as one that another library has split: put an "
@@ -109,13 +114,16 @@ def use_branch(model: nn.Module, branch: str | Tensor) -> Iterator[nn.Module]:
 
     It holds in training and in evaluation, for forward passes of this thread (and those that torch makes for it: the
     recomputation of activation checkpointing on an accelerator, ``DataParallel``); other threads choose by themselves.
-    Blocks nest: the innermost counts, and on leaving it, also by an exception, the one before does. With activation
-    checkpointing the backward pass belongs into the block. Copies and pickles made inside it have that branch for
-    good, where nothing else is chosen. Where branches are SyncBatchNorm, each process is to send examples through the
-    same ones: they wait for one another.
+    Coroutines of one thread do not: a block that awaits holds for the others meanwhile. Blocks nest: the innermost
+    counts, and on leaving it, also by an exception, the one before does. Activation checkpointing runs parts of the
+    model again in the backward pass, which therefore belongs into the block: after passes in several blocks each has a
+    backward pass of its own there, or examples are given their branches in one pass. Copies and pickles made inside it
+    have that branch for good, where nothing else is chosen. Where branches are SyncBatchNorm, each process is to send
+    examples through the same ones: they wait for one another.
 
     Args:
-        model: a model from :func:`split_bn`, or one with such models in it; wrapped ones are looked through.
+        model: a model from :func:`split_bn`, or one with such models in it; wrapped ones are looked through. Given a
+            part of it, the block holds for all layers that were split by the same call, in the part and outside.
         branch: the name of a branch, for all examples; or, for batches of N examples, the number of a branch for each,
             in the order in which the branches were named: integers (N,), or of two branches bools. Then BN is to be
             given N examples in the order of the batch.
@@ -160,7 +168,8 @@ def keep_branch(model: nn.Module, branch: str) -> nn.Module:
         The copy, in the same modes, without gradients.
 
     Raises:
-        BNSurgeryError: no layer of the model is split, or it cannot be copied.
+        BNSurgeryError: no layer of the model is split; a split layer has hooks, or a ``forward`` of its own, which
+            its branch would not have; or the model cannot be copied.
         ValueError: there is no such branch.
 
     Example:
@@ -172,6 +181,10 @@ def keep_branch(model: nn.Module, branch: str) -> nn.Module:
     """
     for router in _routers(model):
         _require(router, branch)
+    for name, module in named_modules(model):
+        if isinstance(module, SplitBatchNorm) and (is_hooked(module) or "forward" in vars(module)):
+            what = "hooks" if is_hooked(module) else "a forward of its own"
+            raise BNSurgeryError(f"{label(name, module)} has {what}, which would be lost: put them on its branches")
     with keeping(branch):
         private = private_copy(model, error=BNSurgeryError)
     rebind(private, list(bn_layers(private, strict=False).values()))
@@ -255,7 +268,7 @@ def _routing(router: Router, branch: str | Tensor, model: nn.Module) -> Routing:
         _require(router, branch)
         return branch
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-    if branch.dim() != 1 or branch.dtype not in integers:
+    if branch.dim() != 1 or branch.dtype not in integers or branch.layout != torch.strided:
         raise ValueError(f"branch must be a name, or integers (N,), one for each example, got {describe(branch)}")
     index = branch.detach().to(device_of(model), torch.int64)
     if len(index):
