@@ -203,13 +203,33 @@ def test_what_a_function_has_set_can_stay_and_an_activation_of_its_own_is_not_do
         lambda bn: nn.Sequential(nn.SyncBatchNorm.convert_sync_batchnorm(bn)),
         lambda bn: copied(nn.BatchNorm2d(bn.num_features), bn),
         lambda bn: nn.Sequential(copied(nn.BatchNorm2d(bn.num_features), bn), type(bn.act)()),
+        lambda bn: nn.Sequential(
+            copied(nn.BatchNorm2d(bn.num_features), bn), nn.Sequential(type(bn.act)(), nn.Dropout())
+        ),
+        lambda bn: nn.Sequential(copied(nn.BatchNorm2d(bn.num_features), bn), NoChange(type(bn.act)())),
+        lambda bn: nn.Sequential(nn.Identity(), copied(BatchNormAct2d(bn.num_features, act_layer=type(bn.act)), bn)),
+        lambda bn: nn.Sequential(nn.Sequential(), copied(nn.BatchNorm2d(bn.num_features), bn), nn.Sequential()),
     ],
-    ids=["itself", "around it", "sync", "around sync", "norm alone", "norm and activation"],
+    ids=[
+        *("itself", "around it", "sync", "around sync", "norm alone", "norm and activation", "and dropout"),
+        *("another with the same inside", "norm with activation", "and nothing"),
+    ],
 )
 def test_what_a_function_puts_around_a_layer_has_its_activation_once(wrap: Any, gelu: bool) -> None:
     layer, x = shake(BatchNormAct2d(6, act_layer=nn.GELU if gelu else nn.SiLU)).eval(), torch.randn(4, 6, 5, 5)
     new, _ = replace_bn(nn.Sequential(layer), wrap, carry=False)
     assert torch.allclose(new(x), layer(x), atol=1e-6)
+
+
+class NoChange(nn.Module):
+    """Holds an activation, as squeeze and excitation do, and gives on what it is given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 def copied(new: nn.Module, layer: nn.Module) -> nn.Module:
@@ -261,6 +281,47 @@ def test_a_beta_that_a_function_makes_beside_a_gamma_has_its_dtype() -> None:
     new, report = replace_bn(nn.Sequential(layer), lambda bn: nn.GroupNorm(2, bn.num_features))
     assert report.carried == ("0",)
     assert new(torch.rand(2, 8, 4, 4).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("around", [lambda bn: bn, lambda bn: nn.Sequential(bn)])
+def test_gamma_and_beta_come_back_where_a_function_has_changed_them(around: Any) -> None:
+    def reset(layer: nn.Module) -> nn.Module:
+        layer.reset_parameters()
+        layer.bias.requires_grad_(False)
+        return around(layer)
+
+    def without(layer: nn.Module) -> nn.Module:
+        layer.weight = layer.bias = None
+        return around(layer)
+
+    model = SMALL.build()
+    new, report = replace_bn(model, reset)
+    assert (report.carried, report.dropped) == (("1", "4", "8"), ())
+    (layer, *_) = bn_layers(new).values()
+    assert torch.equal(layer.weight, model[1].weight)
+    assert torch.equal(layer.bias, model[1].bias)
+    assert [layer.weight.requires_grad, layer.bias.requires_grad] == [True, False]
+    assert not layer.running_mean.any()
+    new, report = replace_bn(model, reset, carry=False)
+    assert (report.carried, report.dropped) == ((), ("1", "4", "8"))
+    assert all(bool((layer.weight == 1).all()) for layer in bn_layers(new).values())
+    assert replace_bn(model, lambda bn: around(bn), carry=False).report.carried == ("1", "4", "8")
+    assert replace_bn(model, without).report.dropped == ("1", "4", "8")
+
+
+def test_a_layer_in_a_layer_that_is_used_elsewhere_too_is_replaced_there() -> None:
+    model = convert_splitbn_model(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), 2)
+    model.append(model[1].aux_bn[0])
+    new, report = replace_bn(model, lambda bn: nn.GroupNorm(2, bn.num_features))
+    assert [type(part) for part in new[1:]] == [nn.GroupNorm, nn.GroupNorm]
+    assert report.dropped == ()
+
+
+def test_a_norm_in_a_network_of_lower_precision_is_as_the_layer_was() -> None:
+    model = SMALL.build().to(torch.bfloat16)
+    model[1].float()
+    new, _ = replace_bn(model, "group", groups=4, carry=False)
+    assert [new[number].weight.dtype for number in (1, 4)] == [torch.float32, torch.bfloat16]
 
 
 def test_gamma_and_beta_do_not_go_into_what_is_parametrized() -> None:

@@ -53,7 +53,7 @@ from bnsurgery import (
     split_bn,
     use_branch,
 )
-from bnsurgery._branches import SplitBatchNorm
+from bnsurgery._branches import SplitBatchNorm, layout_of
 from bnsurgery._replicas import Replicas
 from bnsurgery.analysis import outputs
 from networks import HEAVY, LIGHT, RESNET20, SHARED, SMALL, TIMM, Case, shake
@@ -1029,6 +1029,25 @@ def test_a_checkpoint_of_another_branch_or_of_other_sharing_is_refused(tmp_path:
     assert same(untouched, split_bn(SMALL.build()))
     with use_branch(split, "adv"):
         assert len(adv_finetune(split, batches(SMALL), **options).history) == 2
+
+
+def test_a_checkpoint_of_other_branches_by_example_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"epochs": 2, "attack": None, "progress": False, "checkpoint": tmp_path / "run"}
+    options |= {"max_seconds": 1e-9}
+    ((x, y),) = batches(SMALL, 1)
+    index, other = torch.arange(len(y)) % 2, (torch.arange(len(y)) + 1) % 2
+    split = split_bn(SMALL.build())
+    with use_branch(split, index):
+        adv_finetune(split, [(x, y)], **options)
+    with use_branch(split, other), pytest.raises(CheckpointError, match="use_branch was "):
+        adv_finetune(split, [(x, y)], **options)
+    with use_branch(split, index.clone()):
+        assert len(adv_finetune(split, [(x, y)], **options).history) == 2
+
+
+def test_what_a_checkpoint_says_of_a_model_that_is_not_split_is_nothing() -> None:
+    assert layout_of(SMALL.build()) == {}
+    assert layout_of(split_bn(SMALL.build())) == {"share": {"none": 3}, "use_branch": [None]}
 
 
 def test_branches_are_chosen_for_all_split_layers_or_for_none() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -72,27 +73,27 @@ def replace_bn(
     """Puts another normalization, or none, in the place of each BN layer; returns a copy and a report.
 
     Statistics go, eps stays. Gamma and beta stay where they mean the same, a scale and a shift of each normalized
-    channel: in GroupNorm, InstanceNorm and BN; where layers share them, so does what takes their place. Timm's
-    BatchNormAct2d leaves its dropout and activation behind, unless a function returns what has one already: ``act``,
-    another module of the activation's class, or the BN layer itself. A layer that is used in several places is replaced
-    in all of them by one.
+    channel: in GroupNorm, InstanceNorm and BN; one that layers share is carried over to one that they share. Timm's
+    BatchNormAct2d leaves its dropout and activation behind, unless a function returns what has one already: what holds
+    the BN layer, what has an activation ``act``, or a Sequential that ends, dropout aside, in that or in a module of
+    the activation's class. A layer that is used in several places is replaced in all of them by one.
 
     Args:
         model: any module with BN layers; wrapped ones are looked through, and the copy is without wrappers.
         kind: ``"group"``: GroupNorm. ``"layer"``: GroupNorm with one group, over channels and positions together.
             ``"instance"``: each channel of each example by itself: InstanceNorm2d or InstanceNorm3d, or, of other
             classes, an InstanceNorm of any number of dimensions; the inputs must have positions, (N, C, ...).
-            ``"none"``: Identity. Or a function from a copy of the BN layer to the module that takes its place, or that
-            holds this copy.
+            ``"none"``: Identity. Or a function from a copy of the BN layer to the module that takes its place; it may
+            be this copy, or hold it.
         groups: of GroupNorm, in how many groups channels are: a divisor of their number.
         carry: whether gamma and beta are carried over; with ``False`` they are as in a new layer, or as the function
             made them.
         layers: qualified names or globs of the layers to replace; all by default.
 
     Returns:
-        The copy, in the same modes, without gradients, and the report, as in ``model, report = replace_bn(...)``. What
-        is carried over keeps its dtype and device, and what is new has those of the layer, or of the model where that
-        has none; a function sees to it itself.
+        The copy, in the same modes, without gradients, and the report, as in ``model, report = replace_bn(...)``. Gamma
+        and beta keep their dtype and device, and what is new has those of the layer; in what holds the copy that a
+        function was given, and in what it makes without gamma and beta, they are as it made them.
 
     Raises:
         NoBatchNormError: there is no BN layer.
@@ -128,9 +129,9 @@ def replace_bn(
     held: list[nn.Module] = []  # so that no other module gets their ids
     stayed: list[str] = []
     staying: set[int] = set()
-    inside = {id(part) for layer in chosen.values() for part in layer.modules() if part is not layer}
+    outside = {id(part) for part in _reached(model, set(chosen.values()))}
     for name, layer in chosen.items():
-        if id(layer) in inside:  # it stays with the layer that holds it, or goes with it
+        if id(layer) not in outside:  # it stays with the layer that holds it, or goes with it
             (stayed if id(layer) in staying else dropped).append(name)
             continue
         own = copy.deepcopy(layer)
@@ -141,16 +142,13 @@ def replace_bn(
         if id(new) in taken:
             raise ValueError(f"kind returned the same module for {taken[id(new)]!r} and {name!r}: make one for each")
         taken[id(new)] = name
-        if not callable(kind):
-            new.to(**_like(layer, model))
-        if any(module is own for module in new.modules()):  # which has its gamma and beta already
-            _tied(layer, own, memo)
+        if any(module is own for module in new.modules()):
+            done = _put_back(layer, own, memo, carry=carry)
             staying |= {id(part) for part in layer.modules()}
-            done = carried
         else:
-            done = carried if carry and _carried(layer, new, memo) else dropped
+            done = carry and _carried(layer, new, memo)
         if any(trainable_parts(layer, part) for part in PARAMETERS):
-            done.append(name)
+            (carried if done else dropped).append(name)
         words[name] = repr(new)
         memo[id(layer)] = _with_activation(own, new).train(layer.training)
     frozen = [name for name, module in named_modules(model) if is_frozen_bn(module)]
@@ -193,22 +191,35 @@ def _made(layer: _BatchNorm, kind: Kind, groups: int) -> nn.Module:
     for part in PARAMETERS:
         if not trainable_parts(layer, part):
             new.register_parameter(part, None)
-    return new
+    first = next(iter(layer.parameters()), None)
+    return new if first is None else new.to(first.device, first.dtype)
 
 
-def _like(layer: _BatchNorm, model: nn.Module) -> dict[str, Any]:
-    """Dtype and device of a layer, or of the model where it has no tensors."""
-    tensors = (*layer.parameters(), *layer.buffers(), *model.parameters(), *model.buffers())
-    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
-    return {} if first is None else {"dtype": first.dtype, "device": first.device}
+def _reached(module: nn.Module, layers: set[_BatchNorm]) -> Iterator[nn.Module]:
+    """A module and those in it, these layers included, and what is in them not."""
+    yield module
+    if module not in layers:
+        for part in module.children():
+            yield from _reached(part, layers)
 
 
-def _tied(layer: _BatchNorm, own: nn.Module, memo: dict[int, Any]) -> None:
-    """Lets a layer's copy hold the parameters that a former one holds in place of those which both layers share."""
-    for part, parameter in layer.named_parameters(recurse=False):
-        copied = own._parameters.get(part)
-        if copied is not None and copied.shape == parameter.shape:
-            setattr(own, part, memo.setdefault(id(parameter), copied))
+def _put_back(layer: _BatchNorm, own: _BatchNorm, memo: dict[int, Any], *, carry: bool) -> bool:
+    """Puts gamma and beta of a layer into its copy again, which a function may have changed; whether it has them.
+
+    ``memo`` is that of :func:`_carried`. Parametrized ones stay as they are.
+    """
+    for part in PARAMETERS:
+        old, copied = layer._parameters.get(part), own._parameters.get(part)
+        if old is None or copied is None or copied.shape != old.shape:
+            continue
+        if carry:
+            copied.data.copy_(old.detach())
+        own._parameters[part] = memo.setdefault(id(old), copied)
+    held = [(read(layer, part), read(own, part)) for part in PARAMETERS if trainable_parts(layer, part)]
+    return all(
+        a is not None and b is not None and a.shape == b.shape and torch.allclose(a.to(b), b, 0, 0, equal_nan=True)
+        for a, b in held
+    )
 
 
 def _carried(layer: _BatchNorm, new: nn.Module, memo: dict[int, Any]) -> bool:
@@ -238,20 +249,21 @@ def _with_activation(layer: _BatchNorm, new: nn.Module) -> nn.Module:
     """With timm's dropout and activation after it, where the BN layer has them and it has none."""
     if not has_activation(layer):
         return new
-    called = list(_called(new))
-    brings = type(new) not in _OF_TORCH and hasattr(new, "act")
-    if brings or any(module is layer or type(module) is type(layer.act) for module in called):
+    if any(module is layer for module in new.modules()) or _ends_active(new, type(layer.act)):
         return new
     parts = {"norm": new, "drop": cast(nn.Module, layer.drop), "act": cast(nn.Module, layer.act)}
     return nn.Sequential(OrderedDict(parts))
 
 
-def _called(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and those in it, but what norms of torch hold and never call, as after ``convert_sync_batchnorm``."""
-    yield module
-    if type(module) not in _OF_TORCH:
-        for part in module.children():
-            yield from _called(part)
+def _ends_active(module: nn.Module, kind: type) -> bool:
+    """Whether the last that a module does is an activation: of this class, or its ``act``."""
+    while isinstance(module, nn.Sequential):
+        last = [part for part in module if not isinstance(part, (nn.Identity, nn.modules.dropout._DropoutNd))]
+        if not last:
+            return False
+        module = last[-1]
+    # convert_sync_batchnorm leaves an ``act`` in a norm of torch, which never calls it.
+    return type(module) is kind or (type(module) not in _OF_TORCH and hasattr(module, "act"))
 
 
 class InstanceNorm(_InstanceNorm):
