@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import time
@@ -667,6 +668,23 @@ def test_the_check_of_the_normalized_weights_can_fail(as_in_the_paper: Results) 
     folder.patch("bn-params").write_bytes(folder.patch("normal").read_bytes())
     failed = {check.finding for check in checks.checks(as_in_the_paper)[0] if not check.holds}
     assert failed == {"the mean normalized weight falls"}
+
+
+def test_the_fall_without_weight_decay_stands_beside_it(as_in_the_paper: Results) -> None:
+    def said() -> str:
+        (check,) = [made for made in checks.checks(as_in_the_paper)[0] if "normalized weight" in made.finding]
+        return check.found
+
+    assert "without weight decay" not in said()
+    folder = as_in_the_paper.folder
+    put(folder, "bn-params-no-decay", 30.0, held(70.0))
+    folder.patch("bn-params-no-decay").write_bytes(folder.patch("normal").read_bytes())
+    assert said().endswith("; without weight decay +0.000, median +0.000")
+    folder.patch("bn-params-no-decay").write_bytes(folder.patch("bn-params").read_bytes())
+    both = re.search(r"NORMAL ([+-][0-9.]+) ± .*, median ([+-][0-9.]+); without weight decay (.*), median (.*)", said())
+    assert both is not None
+    assert both.groups()[:2] == both.groups()[2:]
+    assert float(both.group(1)) < -0.1
 
 
 def test_a_tie_is_no_finding(as_in_the_paper: Results) -> None:

@@ -80,6 +80,9 @@ def _falls(finding: str, results: Results) -> Check:
         f"BN PARAMS - NORMAL {shift.mean:+.3f} ± {spread:.3f} over {len(layers)} layers, "
         f"median {statistics.median(layers):+.3f}"
     )
+    if results.training("bn-params-no-decay") is not None:
+        without = weight_shift(results.folded("normal"), results.folded("bn-params-no-decay"))
+        text += f"; without weight decay {without.mean:+.3f}, median {statistics.median(without.layers.values()):+.3f}"
     return Check(finding, text, Estimate(-shift.mean, spread).beyond(0.0))
 
 
