@@ -188,6 +188,14 @@ def kept(path: Path, look: Callable[[dict[str, Any]], object], now: dict[str, An
     return record
 
 
+def require_trained(path: Path, sha256: str, record: Mapping[str, Any] | None, of: Path) -> None:
+    """Raises :class:`Problem` unless an evaluation at ``path`` is of the network of the training record at ``of``."""
+    if record is None:
+        raise Problem(f"{path} belongs to {of}, which is not here: put that back, or remove this")
+    if record["sha256"] != sha256:
+        raise Problem(f"{path} is of another network than {of}: remove it")
+
+
 def serialized(model: nn.Module) -> tuple[bytes, str]:
     """All parameters and buffers, as safetensors, and the SHA-256 of that."""
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})

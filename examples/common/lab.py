@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from examples.common.data import Images
 from examples.common.evaluating import evaluate
-from examples.common.files import Pending, Problem, kept, load_weights
+from examples.common.files import Pending, Problem, kept, load_weights, require_trained
 from examples.common.records import look_at_tests, look_at_training
 from examples.common.training import train
 from examples.common.work import Work
@@ -135,11 +135,7 @@ class Lab(Work, ABC):
         path = self.folder.record(key, "evaluate")
         record = kept(path, look_at_tests, self.test_settings(self.rows[key]))
         if record is not None:
-            trained, of = self.training(key), self.folder.record(key, "train")
-            if trained is None:
-                raise Problem(f"{path} belongs to {of}, which is not here: put that back, or remove this")
-            if trained["sha256"] != record["sha256"]:
-                raise Problem(f"{path} is of another network than {of}: remove it")
+            require_trained(path, record["sha256"], self.training(key), self.folder.record(key, "train"))
         return record
 
     def require_needs(self, path: Path, record: Mapping[str, Any], key: str) -> None:

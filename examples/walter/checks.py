@@ -73,7 +73,8 @@ def _most(finding: str, results: Results) -> Check:
 
 def _falls(finding: str, results: Results) -> Check:
     """The standard error is that of the mean over the layers, which are no sample: it says how alike they are."""
-    shift = weight_shift(results.folded("normal"), results.folded("bn-params"))
+    normal = results.folded("normal")
+    shift = weight_shift(normal, results.folded("bn-params"))
     layers = list(shift.layers.values())
     spread = math.sqrt(sum((layer - shift.mean) ** 2 for layer in layers) / (len(layers) - 1) / len(layers))
     text = (
@@ -81,7 +82,7 @@ def _falls(finding: str, results: Results) -> Check:
         f"median {statistics.median(layers):+.3f}"
     )
     if results.training("bn-params-no-decay") is not None:
-        without = weight_shift(results.folded("normal"), results.folded("bn-params-no-decay"))
+        without = weight_shift(normal, results.folded("bn-params-no-decay"))
         text += f"; without weight decay {without.mean:+.3f}, median {statistics.median(without.layers.values()):+.3f}"
     return Check(finding, text, Estimate(-shift.mean, spread).beyond(0.0))
 

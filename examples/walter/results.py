@@ -11,7 +11,7 @@ from bnsurgery import Affine, PatchError, fold_bn, load_bn_patch
 from bnsurgery.analysis import Histogram
 from examples.resnet import ResNet, resnet20
 from examples.common.checks import Estimate, paired, share
-from examples.common.files import Folder, Pending, Problem, kept, require_same
+from examples.common.files import Folder, Pending, Problem, kept, require_same, require_trained
 from examples.walter.rows import ROWS, Row
 from examples.walter.scales import FULL, Scale
 
@@ -76,11 +76,7 @@ class Results:
         record = kept(path, _look_at_evaluation, self.scale.of_evaluation(ROWS[key], self.folder.width))
         if record is None:
             return None
-        trained, of = self.training(key), self.folder.record(key, "train")
-        if trained is None:
-            raise Problem(f"{path} belongs to {of}, which is not here: put that back, or remove this")
-        if trained["sha256"] != record["sha256"]:
-            raise Problem(f"{path} is of another network than {of}: remove it")
+        require_trained(path, record["sha256"], self.training(key), self.folder.record(key, "train"))
         return record
 
     def seconds_an_epoch(self, row: Row) -> float | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from examples.common.checks import Check, paired
-from examples.xie.rows import DEPTHS, ROWS, key_of
+from examples.xie.rows import DEPTHS, ROWS, held, key_of
 from examples.xie.work import Xie
 
 SOME = 2.0
@@ -31,8 +31,7 @@ def findings(lab: Any) -> Iterator[tuple[str, Callable[[str], Check]]]:
 
 
 def _flags(lab: Xie, key: str, test: str, branch: str = "adv") -> str:
-    tests: Mapping[str, Any] = lab.tested(key)["tests"]
-    return str(tests[f"{branch}: {test}" if ROWS[key].branches else test]["held"])
+    return held(lab.tested(key), key, test, branch)
 
 
 def _more_robust(lab: Xie, key: str, than: str, bound: float) -> Callable[[str], Check]:

@@ -77,3 +77,8 @@ CHOICES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     key: tuple({"lr": lr} for lr in (0.05, 0.1, 0.2)) for key in ("adv-20", "mix-20", "mbn-20")
 }
 """By row: the settings that are compared on training images that are left out of training."""
+
+
+def held(record: Mapping[str, Any], key: str, test: str, branch: str = "adv") -> str:
+    """Of an evaluated row, for each example whether it is right, 1 or 0; of mixture BN, through this branch."""
+    return str(record["tests"][f"{branch}: {test}" if ROWS[key].branches else test]["held"])

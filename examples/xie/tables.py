@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.common.checks import markdown, paired
 from examples.common.commands import PENDING
-from examples.xie.rows import DEPTHS, ROWS, Row, key_of
+from examples.xie.rows import DEPTHS, ROWS, Row, held, key_of
 from examples.xie.work import Xie
 
 TESTS = ("clean", "pgd-20", "autoattack")
@@ -36,7 +36,7 @@ def differences(lab: Xie) -> str:
     for key, than in _pairs():
         one, other = lab.evaluation(key), lab.evaluation(than)
         if one is not None and other is not None:
-            gains = [paired(_held(one, key, test), _held(other, than, test)) for test in TESTS]
+            gains = [paired(held(one, key, test), held(other, than, test)) for test in TESTS]
             cells = [f"{gain.value:+.1f} ± {gain.error:.1f}" for gain in gains]
             lines.append([ROWS[key].name, ROWS[than].name, *cells])
     count, attacked = f"{lab.scale.tested:,}", f"{lab.scale.attacked:,}"
@@ -49,10 +49,6 @@ def _pairs() -> Iterator[tuple[str, str]]:
         adv, mix, mbn = (key_of(kind, depth) for kind in ("adv", "mix", "mbn"))
         yield from ((adv, mix), (mbn, mix), (adv, mbn))
         yield from ((key_of(kind, depth, consistent=True), key_of(kind, depth)) for kind in ("adv", "mix", "mbn"))
-
-
-def _held(record: dict[str, Any], key: str, test: str) -> str:
-    return str(record["tests"][f"adv: {test}" if ROWS[key].branches else test]["held"])
 
 
 def _lines(lab: Xie, key: str, row: Row) -> list[list[str]]:

@@ -92,8 +92,8 @@ def replace_bn(
 
     Returns:
         The copy, in the same modes, without gradients, and the report, as in ``model, report = replace_bn(...)``. Gamma
-        and beta keep their dtype and device, and what is new has those of the layer; in what holds the copy that a
-        function was given, and in what it makes without gamma and beta, they are as it made them.
+        and beta that go into a new norm keep their dtype and device; what else is new has those of the layer, or is as
+        a function made it.
 
     Raises:
         NoBatchNormError: there is no BN layer.
