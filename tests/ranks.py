@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bnsurgery import adv_finetune, freeze_except_bn, recalibrate_bn
-from bnsurgery._moments import slowest
+from bnsurgery._ranks import Ranks
 from networks import SHARED, SMALL, Case
 
 CASES = {"small": SMALL, "shared": SHARED}
@@ -39,7 +39,7 @@ def main(rank: int, world: int, store: str, out: str) -> None:
             model = case.build(torch.float64)
             result = recalibrate_bn(model, share(case, rank), estimator=estimator)
             found[name, estimator] = model.state_dict(), result.batches, result.elements
-    found["slowest"] = slowest(10.0 * rank)
+    found["slowest"] = Ranks().largest(10.0 * rank)
     model = SMALL.build()
     with freeze_except_bn(model):
         wrapped = nn.parallel.DistributedDataParallel(model)

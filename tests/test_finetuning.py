@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from io import BufferedWriter
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchattacks
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,7 +32,6 @@ from bnsurgery import (
     adv_finetune,
     freeze_except_bn,
 )
-from bnsurgery import _checkpoints as checkpoints
 from bnsurgery._tuning import SCHEDULES
 from networks import AFFINE_FREE, LIGHT, SHARED, SMALL, Case
 from test_attacks import World, bits, lived_in, tracing
@@ -92,6 +87,14 @@ class Recording:
 
 class Stop(Exception):  # noqa: N818
     """Raised by tests in the middle of a run."""
+
+
+class Untouchable:
+    def __iter__(self) -> Iterator[None]:
+        raise AssertionError("read")
+
+    def __len__(self) -> int:
+        return 2
 
 
 # What changes.
@@ -880,7 +883,7 @@ def test_a_loss_that_is_not_finite_is_skipped_with_one_warning() -> None:
     for value in (torch.nan, torch.inf, -torch.inf):
         model = SMALL.build()
         steps = []
-        with pytest.warns(BNSurgeryWarning, match="step 2: the loss or a gradient is not finite; the step") as caught:
+        with pytest.warns(BNSurgeryWarning, match="step 2: the loss is not finite; the step is skipped") as caught:
             result = tune(
                 model,
                 data,
@@ -943,7 +946,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too() -> None:
 
     model = SMALL.build()
     before = values(model)
-    with pytest.warns(BNSurgeryWarning, match="step 0: the loss or a gradient is not finite"):
+    with pytest.warns(BNSurgeryWarning, match="step 0: the gradient of '[^']+' is not finite"):
         result = tune(
             model, batches(4), attack=None, loss=lambda logits, y: F.cross_entropy(Spike.apply(logits), y)[None]
         )
@@ -987,336 +990,6 @@ def test_a_batch_of_one_trains_where_its_layers_see_many_values() -> None:
 def test_a_batch_of_one_trains_where_statistics_are_fixed() -> None:
     result = tune(SMALL.build(), batches(1, 1), train="bn-params")
     assert (result.history[0].steps, result.history[0].left_out) == (2, 0)
-
-
-# Checkpoints.
-
-
-def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-
-
-def adam(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.01)
-
-
-@pytest.mark.parametrize("killed", [1, 2])
-@pytest.mark.parametrize("optimizer", [None, sgd, adam], ids=["default", "SGD", "Adam"])
-@pytest.mark.parametrize("train", ["bn", "all", "bn-stats"])
-def test_a_run_killed_and_resumed_equals_one_in_one_go(
-    tmp_path: Path, killed: int, optimizer: object, train: str
-) -> None:
-    options = {"epochs": 3, "train": train, "optimizer": optimizer, "schedule": "cosine", "seed": 4}
-    whole = noisy_model()
-    expected = tune(whole, augmented(), **options)
-
-    def kill(record: EpochRecord, _: nn.Module) -> None:
-        if record.epoch == killed:
-            raise KeyboardInterrupt
-
-    path = tmp_path / "run.pt"
-    with pytest.raises(KeyboardInterrupt):
-        tune(noisy_model(), augmented(), checkpoint=path, callbacks=[kill], **options)
-    epochs = []
-    torch.manual_seed(77)
-    model = noisy_model()
-    result = tune(
-        model, augmented(), checkpoint=path, callbacks=[lambda record, _: epochs.append(record.epoch)], **options
-    )
-    assert epochs == list(range(killed, 3))
-    assert values(model) == values(whole)
-    assert [replace(r, seconds=0) for r in result.history] == [replace(r, seconds=0) for r in expected.history]
-    assert replace(result, history=()) == replace(expected, history=())
-    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
-
-
-def test_a_run_broken_in_the_middle_of_an_epoch_resumes_at_its_start(tmp_path: Path) -> None:
-    whole = noisy_model()
-    tune(whole, shuffled(), epochs=2)
-
-    def kill(record: StepRecord, _: nn.Module) -> None:
-        if record.step == 4:
-            raise Stop
-
-    with pytest.raises(Stop):
-        tune(noisy_model(), shuffled(), epochs=2, checkpoint=tmp_path / "c", on_step=kill)
-    model = noisy_model()
-    tune(model, shuffled(), epochs=2, checkpoint=tmp_path / "c")
-    assert values(model) == values(whole)
-
-
-class Untouchable:
-    def __iter__(self) -> Iterator[None]:
-        raise AssertionError("read")
-
-    def __len__(self) -> int:
-        return 2
-
-
-@pytest.mark.parametrize("ended", ["epochs", "max_steps", "callback"])
-def test_a_finished_checkpoint_returns_at_once(tmp_path: Path, ended: str) -> None:
-    options: dict[str, object] = {"epochs": 2, "checkpoint": str(tmp_path / "c")}
-    if ended == "max_steps":
-        options["max_steps"] = 3
-    callbacks = [lambda *_: True] if ended == "callback" else []
-    first = SMALL.build()
-    expected = tune(first, batches(4, 4), callbacks=callbacks, **options)
-    assert expected.ended == ended
-    written = (tmp_path / "c").read_bytes()
-    model = SMALL.build()
-    result = tune(model, Untouchable(), **options)
-    assert result == expected
-    assert values(model) == values(first)
-    assert (tmp_path / "c").read_bytes() == written
-
-
-@pytest.mark.parametrize(
-    ("options", "difference"),
-    [
-        ({"seed": 1}, "seed was 0, is 1"),
-        ({"epochs": 3}, "epochs was 2, is 3"),
-        ({"clean_fraction": 0.5}, "clean_fraction was 0.0, is 0.5"),
-        ({"schedule": "cosine"}, "schedule was 'step', is 'cosine'"),
-        ({"schedule": lambda t: 1.0}, "schedule was 'step', is 'function'"),
-        ({"attack": None}, "attack was \"PGD(eps=0.0313725, steps=2, step_size=0.0156863, norm='linf')\", is"),
-        (
-            {"eps_warmup": 1},
-            "norm='linf')\", is \"PGD(eps=0.0313725, steps=2, step_size=0.0156863, norm='linf'), eps_w",
-        ),
-        ({"max_steps": 3}, "max_steps was None, is 3"),
-        ({"optimizer": adam}, "optimizer was 'SGD', is 'Adam'"),
-        ({"train": "bn-params"}, "train was 'bn', is 'bn-params'"),
-        ({"also": "0"}, "trainable: nothing else before, ['0.weight', 8, 3, 3, 3] now"),
-        ({"lr": 0.5}, "0.05"),
-        ({"momentum": 0.5}, "0.9"),
-        ({"weight_decay": 0.5}, "0.0005"),
-    ],
-    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
-)
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(
-    tmp_path: Path, options: dict[str, object], difference: str
-) -> None:
-    path = tmp_path / "c"
-    tune(SMALL.build(), batches(4, 4), checkpoint=path, callbacks=[lambda record, _: True], epochs=2)
-    model = lived_in(SMALL.build())
-    world = World(model)
-    with pytest.raises(CheckpointError, match="belongs to another run") as caught:
-        tune(model, batches(4, 4), checkpoint=path, **{"epochs": 2, **options})
-    assert difference in str(caught.value)
-    assert "use another path, or remove the file" in str(caught.value)
-    assert world.unchanged()
-
-
-def test_all_differences_are_listed(tmp_path: Path) -> None:
-    path = tmp_path / "c"
-    tune(SMALL.build(), batches(4), checkpoint=path)
-    with pytest.raises(CheckpointError, match="belongs to another run") as caught:
-        tune(SMALL.build(), batches(4), checkpoint=path, epochs=2, seed=9, train="all")
-    for difference in ("epochs was 1, is 2", "seed was 0, is 9", "train was 'bn', is 'all'"):
-        assert difference in str(caught.value)
-    assert "clean_fraction" not in str(caught.value)
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "c"
-    tune(SMALL.build(), batches(4), checkpoint=path)
-    model = SHARED.build()
-    world = World(model)
-    with pytest.raises(CheckpointError, match=r"trainable: \['1.weight', 8\] and \d+ more before, \['"):
-        tune(model, batches(4), checkpoint=path)
-    assert world.unchanged()
-
-
-def test_a_checkpoint_of_the_same_parameters_but_other_statistics_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "c"
-    tune(SMALL.build(), batches(4), checkpoint=path)
-    model = SMALL.build()
-    model[1] = nn.BatchNorm2d(8, track_running_stats=False)
-    world = World(model)
-    with pytest.raises(CheckpointError, match=r"tensors do not fit the model: 1\.num_batches_tracked, 1\.running_mean"):
-        tune(model, batches(4), checkpoint=path)
-    assert world.unchanged()
-
-
-def test_a_checkpoint_of_an_optimizer_with_other_groups_is_refused_whole(tmp_path: Path) -> None:
-    path = tmp_path / "c"
-    tune(SMALL.build(), batches(4), checkpoint=path, optimizer=sgd)
-    model = SMALL.build()
-    world = World(model)
-
-    def two_groups(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=0.05)
-
-    with pytest.raises(CheckpointError, match=re.escape(repr(str(path)))):
-        tune(model, batches(4), checkpoint=path, optimizer=two_groups)
-    assert world.unchanged()
-
-
-class Bombs:
-    """What runs as soon as it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.path,)
-
-
-def damage(kind: str, path: Path) -> None:
-    whole = path.read_bytes()
-    if kind == "truncated":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif kind == "nearly whole":
-        path.write_bytes(whole[:-10])
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "garbage":
-        path.write_bytes(bytes(range(256)) * 8)
-    elif kind == "text":
-        path.write_text("epochs: 3\n")
-    elif kind == "pickle":
-        path.write_bytes(pickle.dumps(Bombs(path.with_name("executed"))))
-    elif kind == "pickle in zip":
-        torch.save({"format": checkpoints.FORMAT, "configuration": Bombs(path.with_name("executed"))}, path)
-    elif kind == "directory":
-        path.unlink()
-        path.mkdir()
-    elif kind == "state_dict":
-        torch.save(SMALL.build().state_dict(), path)
-    elif kind == "list":
-        torch.save([1, 2], path)
-    elif kind == "other format":
-        torch.save({"format": "bnsurgery-checkpoint-0"}, path)
-    elif kind == "hollow":
-        torch.save({"format": checkpoints.FORMAT}, path)
-    elif kind == "without tensors":
-        torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k != "tensors"}, path)
-    elif kind == "wrong history":
-        torch.save({**torch.load(path, weights_only=True), "history": [{"epoch": 0}]}, path)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "truncated",
-        "nearly whole",
-        "empty",
-        "garbage",
-        "text",
-        "pickle",
-        "pickle in zip",
-        "directory",
-        "state_dict",
-        "list",
-        "other format",
-        "hollow",
-        "without tensors",
-        "wrong history",
-    ],
-)
-def test_a_damaged_checkpoint_is_refused_and_nothing_is_executed(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "c"
-    tune(SMALL.build(), batches(4, 4), checkpoint=path, epochs=2)
-    damage(kind, path)
-    model = lived_in(SMALL.build())
-    world = World(model)
-    with pytest.raises(CheckpointError, match=re.escape(repr(str(path)))):
-        tune(model, batches(4, 4), checkpoint=path, epochs=2)
-    assert world.unchanged()
-    assert not (tmp_path / "executed").exists()
-
-
-def test_a_bomb_does_go_off_where_pickles_are_executed(tmp_path: Path) -> None:
-    # Else the test above would prove nothing.
-    pickle.loads(pickle.dumps(Bombs(tmp_path / "executed")))
-    assert (tmp_path / "executed").exists()
-
-
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "c"
-    save, calls, written = torch.save, [], []
-
-    def full_disk(state: object, target: BufferedWriter, *rest: object) -> None:
-        calls.append(Path(target.name))
-        if len(calls) == 2:
-            target.write(b"half")
-            raise OSError("No space left on device")
-        save(state, target, *rest)
-        target.flush()
-        written.append(calls[-1].read_bytes())
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        tune(SMALL.build(), batches(4), checkpoint=path, epochs=3)
-    assert path not in calls
-    assert path.read_bytes() == written[0]
-    assert [file.name for file in tmp_path.iterdir()] == ["c"]
-
-
-def test_where_the_disk_takes_no_more_that_is_said_and_the_last_checkpoint_stays(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
-    path = tmp_path / "c"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    written = []
-
-    def no_more(record: EpochRecord, _: nn.Module) -> None:
-        if record.epoch == 1:
-            written.append(path.read_bytes())
-            resource.setrlimit(resource.RLIMIT_FSIZE, (len(written[0]) // 2, before[1]))
-
-    try:
-        with pytest.raises(OSError, match="File too large"):  # of which torch.save itself says nothing
-            tune(SMALL.build(), batches(4), checkpoint=path, epochs=3, callbacks=[no_more])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert path.read_bytes() == written[0]
-    assert [file.name for file in tmp_path.iterdir()] == ["c"]
-
-
-def test_a_checkpoint_holds_what_changes_and_no_more(tmp_path: Path) -> None:
-    path = tmp_path / "c"
-    model = SMALL.build()
-    tune(model, batches(4), checkpoint=path)
-    tensors = torch.load(path, weights_only=True)["tensors"]
-    assert tensors.keys() == bn_names(model, *PARAMETERS, *STATISTICS)
-    assert all(torch.equal(tensors[name], model.state_dict()[name]) for name in tensors)
-
-
-def test_a_checkpoint_is_written_after_each_epoch_before_the_next(tmp_path: Path) -> None:
-    path = tmp_path / "c"
-    seen = []
-
-    class Watching:
-        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-            seen.append(len(torch.load(path, weights_only=True)["history"]) if path.exists() else 0)
-            return iter(batches(4))
-
-    tune(SMALL.build(), Watching(), epochs=3, checkpoint=path)
-    assert seen == [0, 1, 2]
-
-
-@settings(max_examples=20)
-@given(st.integers(0, 2**31 - 1), st.integers(0, 5))
-def test_random_state_comes_back(seed: int, draws: int) -> None:
-    world = World()
-    kept = checkpoints.random_state(torch.device("cpu"), torch.Generator())
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    for _ in range(draws):
-        torch.randn(3), np.random.randn(), random.gauss(0, 1), torch.rand(1, generator=generator)
-
-    def draw() -> list[float]:
-        own = float(torch.rand((), generator=generator))
-        return [float(torch.randn(())), np.random.randn(), random.gauss(0, 1), own]
-
-    state = checkpoints.random_state(torch.device("cpu"), generator)
-    expected = draw()
-    checkpoints.set_random_state(state, torch.device("cpu"), generator)
-    assert draw() == expected
-    checkpoints.set_random_state(kept, torch.device("cpu"), torch.Generator())
-    assert world.unchanged()
 
 
 # Wrappers.
@@ -1364,7 +1037,6 @@ BATCH = "data must yield pairs (x, y) of tensors, got "
         ([(X, Y.float())], {}, "y must hold integer labels, got torch.float32"),
         ([((255 * X).to(torch.uint8), Y)], {}, "x must be floating point, got torch.uint8"),
         ([(255 * X, Y)], {}, "x must lie in bounds=(0, 1), got values from"),
-        ([(X * torch.nan, Y)], {}, "x must lie in bounds=(0, 1), got values from nan to nan"),
         ([X], {}, BATCH + "a tensor (6, 3, 8, 8) of torch.float32"),
         ([(X, Y, Y)], {}, BATCH + "a tuple of 3"),
         ([{"x": X}], {}, BATCH + "a dict"),
@@ -1466,7 +1138,7 @@ def test_a_gradient_that_is_not_finite_in_the_last_parameter_alone_is_noticed() 
         return F.cross_entropy(logits, y, reduction="none") + (model[8].bias.sum() * 0).sqrt()
 
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.warns(BNSurgeryWarning, match="the loss or a gradient is not finite"):
+    with pytest.warns(BNSurgeryWarning, match="the gradient of '8.bias' is not finite"):
         run = adv_finetune(model, batches(6), epochs=1, attack=None, loss=poison, progress=False)
     assert run.skipped == 1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -1479,20 +1151,6 @@ def test_the_record_of_a_run_without_a_whole_step_is_json_without_nan() -> None:
             model, batches(6), epochs=1, attack=None, loss=lambda logits, y: logits.sum(1) * math.nan, progress=False
         )
     assert json.loads(json.dumps(run.record(), allow_nan=False))["history"][0]["loss"] is None
-
-
-def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
-    tune(SMALL.build(), batches(2), checkpoint=tmp_path / "c")
-    other = SMALL.build()
-    with torch.no_grad():
-        other[0].weight.add_(1)
-    with pytest.raises(CheckpointError, match=r"frozen was '\w{16}', is '\w{16}'"):
-        tune(other, batches(2), checkpoint=tmp_path / "c")
-
-
-def test_a_checkpoint_in_a_missing_folder_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the folder .* does not exist"):
-        tune(SMALL.build(), batches(2), checkpoint=tmp_path / "nowhere" / "c")
 
 
 def test_a_batch_without_examples_is_refused() -> None:

@@ -472,7 +472,7 @@ def test_an_interrupted_epoch_leaves_no_measure_behind(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # after the second epoch's measure, before its checkpoint
-        patch.setattr("bnsurgery._checkpoints.save", lambda *args, **kwargs: killed())
+        patch.setattr("bnsurgery._keeping.Keeper.epoch_done", killed)
         with pytest.raises(KeyboardInterrupt):
             now.make("adv-20")
     assert [

@@ -12,7 +12,7 @@ from typing import Any
 
 from examples.common import cli, data, scales
 from examples.common.checks import Check, made, markdown
-from examples.common.files import Folder, Problem, kept, label, write, write_json
+from examples.common.files import Folder, Problem, discard, kept, label, write, write_json
 from examples.common.lab import Lab
 from examples.common.records import Diverged, finite
 from examples.common.work import float32, tune
@@ -204,8 +204,7 @@ def compared(now: Lab, key: str, settings: Any) -> dict[str, Any] | None:
         **calls[-1],
     }
     write_json(folder.record(f"{key}-{label(settings)}", "choose"), record)
-    for left in (checkpoint, log):
-        left.unlink(missing_ok=True)
+    discard(checkpoint, log)
     return record
 
 

@@ -147,6 +147,13 @@ def write(path: Path, put: Callable[[Path], object]) -> None:
         raise
 
 
+def discard(*paths: Path) -> None:
+    """Removes files where they are, and of a checkpoint the one before it, which is kept beside it."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+        path.with_name(f"{path.name}.previous").unlink(missing_ok=True)
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes a record."""
     text = json.dumps(record, indent=1, allow_nan=False) + "\n"

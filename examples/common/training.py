@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bnsurgery import EpochRecord
+from bnsurgery import EpochRecord, StepRecord
 from examples.common.data import Images
-from examples.common.files import Pending, Problem, begin_anew, read_json, serialized, write, write_json
+from examples.common.files import Pending, Problem, begin_anew, discard, read_json, serialized, write, write_json
 from examples.common.records import finite, look_at_measures
 from examples.common.work import float32, tune
 
@@ -66,14 +66,18 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
             write(folder.interim(f"{key}.epoch{epoch}.safetensors"), lambda partial: partial.write_bytes(data))
 
     def after(record: EpochRecord, model: nn.Module) -> None:
-        if record.epoch in forks:  # the checkpoint is that of the epochs before this one, still
-            data = checkpoint.read_bytes()
-            write(_fork(lab, key, record.epoch), lambda partial: partial.write_bytes(data))
         measure(record.epoch + 1, model)
 
+    def fork(record: StepRecord, _: nn.Module) -> None:
+        if record.step in begins:  # the checkpoint is that of the epochs before this one, still
+            data = checkpoint.read_bytes()
+            write(_fork(lab, key, record.epoch), lambda partial: partial.write_bytes(data))
+
+    begins = {epoch * len(batches) for epoch in forks}
     if not goes_on:
         measure(0, model)
-    run = tune(lab, row.name, model, batches, checkpoint, epochs=epochs, callbacks=[after], **lab.options(row))
+    options = {"callbacks": [after], "on_step": fork if forks else None} | lab.options(row)
+    run = tune(lab, row.name, model, batches, checkpoint, epochs=epochs, **options)
     if run.ended != "epochs":
         return False
     kept = {epoch: path for epoch in forks if (path := _fork(lab, key, epoch)).exists()}
@@ -97,8 +101,7 @@ def _train(lab: Lab, key: str, images: Images) -> bool:
             **calls[-1],
         },
     )
-    for path in (checkpoint, log, curve):
-        path.unlink(missing_ok=True)  # where the record is removed, the row is to be trained anew
+    discard(checkpoint, log, curve)  # where the record is removed, the row is to be trained anew
     return True
 
 

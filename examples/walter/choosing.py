@@ -9,7 +9,7 @@ from typing import Any
 from bnsurgery.analysis import outputs
 from examples.common.work import float32
 from examples.walter.evaluating import pgd, under_attack
-from examples.common.files import label, write_json
+from examples.common.files import discard, label, write_json
 from examples.walter.rows import CHOICES, EPS, ROWS
 from examples.walter.training import Context, initial, start_of, tune
 
@@ -66,6 +66,5 @@ def one(context: Context, key: str, settings: Mapping[str, Any]) -> dict[str, An
         "configuration": scale.of_choice(ROWS[key], settings, folder.width),
     }
     write_json(path, record)
-    for done in (checkpoint, log):
-        done.unlink(missing_ok=True)
+    discard(checkpoint, log)
     return record

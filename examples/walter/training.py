@@ -20,7 +20,7 @@ from bnsurgery import (
 from examples.resnet import ResNet, resnet20
 from examples.common import work
 from examples.common.data import Images, batches
-from examples.common.files import Problem, load_weights, serialized, write, write_json
+from examples.common.files import Problem, discard, load_weights, serialized, write, write_json
 from examples.common.work import Work
 from examples.walter.results import Results
 from examples.walter.rows import ROWS, Row
@@ -162,8 +162,7 @@ def _train(context: Context, key: str, images: Images) -> bool:
             **calls[-1],
         },
     )
-    for path in (checkpoint, log):
-        path.unlink(missing_ok=True)  # where the record is removed, the row is to be trained anew
+    discard(checkpoint, log)  # where the record is removed, the row is to be trained anew
     return True
 
 

@@ -17,8 +17,10 @@ from bnsurgery.errors import (
     BNSurgeryWarning,
     CheckpointError,
     FusionError,
+    LostProcessError,
     MissingExtraError,
     NoBatchNormError,
+    NonFiniteError,
     PatchError,
 )
 from bnsurgery.evaluation import AttackRow, Evaluation, evaluate
@@ -49,8 +51,10 @@ __all__ = [
     "Freeze",
     "FusionError",
     "FusionPlan",
+    "LostProcessError",
     "MissingExtraError",
     "NoBatchNormError",
+    "NonFiniteError",
     "PatchError",
     "Recalibration",
     "Replaced",

@@ -1,74 +1,37 @@
-"""Checkpoints of a fine-tuning run: written whole or not at all, read without executing anything."""
+"""What a checkpoint of a fine-tuning run is: the configuration that it belongs to, and all that it puts back."""
 
 from __future__ import annotations
 
-import hashlib
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnsurgery._files import replacing
-from bnsurgery._tuning import EpochRecord
+from bnsurgery import _states
+from bnsurgery._records import EpochRecord, Tally
 from bnsurgery.errors import CheckpointError
 from bnsurgery.layers import join, named_modules, named_parameters
 
-FORMAT = "bnsurgery-checkpoint-1"
+KIND = "adv_finetune"
 
 
-def save(
-    path: Path,
-    configuration: dict[str, Any],
-    progress: dict[str, Any],
-    targets: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer | None,
-    device: torch.device,
-    generator: torch.Generator,
-) -> None:
-    """Writes a checkpoint; the one before stays until the new one is whole."""
-    state = {
-        **progress,
-        "configuration": configuration,
-        "format": FORMAT,
-        "optimizer": None if optimizer is None else optimizer.state_dict(),
-        "random": random_state(device, generator),
-        "tensors": {name: tensor.detach().cpu() for name, tensor in targets.items()},
-    }
-    with replacing(path) as partial, partial.open("wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # the disk is full, which torch has no words for
-                raise error.__context__ from None
-            raise
-
-
-def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
-    """Reads a checkpoint of the same configuration; nothing in it is executed.
+def require_same(path: Path, state: dict[str, Any], configuration: dict[str, Any]) -> None:
+    """Refuses a checkpoint of another configuration.
 
     When BN becomes consistent may differ where it has not yet, nor is to have: until then the runs are the same.
 
     Raises:
-        CheckpointError: it cannot be read, is none, or belongs to another configuration (differences listed).
+        CheckpointError: it is of another configuration (differences listed), or says none.
     """
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"cannot read the checkpoint {str(path)!r}: {reason}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{str(path)!r} is not a checkpoint of bnsurgery ({FORMAT})")
     saved = state.get("configuration")
     if not isinstance(saved, dict):
         raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: it says no configuration")
-    epochs = len(state["history"]) if isinstance(state.get("history"), list) else 0
-    before, now = _so_far(saved, epochs), _so_far(configuration, epochs)
+    begun = epochs_begun(state)
+    before, now = _so_far(saved, begun), _so_far(configuration, begun)
     differences = [
         _difference(name, saved.get(name), configuration.get(name))
-        for name in sorted(before.keys() | now.keys())
+        for name in sorted(before.keys() | now.keys(), key=str)
         if before.get(name) != now.get(name)
     ]
     if differences:
@@ -76,7 +39,13 @@ def load(path: Path, configuration: dict[str, Any]) -> dict[str, Any]:
             f"the checkpoint {str(path)!r} belongs to another run; {'; '.join(differences)}: "
             "use another path, or remove the file"
         )
-    return state
+
+
+def epochs_begun(state: dict[str, Any]) -> int:
+    """The epochs of which a checkpoint has at least one batch, or all."""
+    epochs = len(state["history"]) if isinstance(state.get("history"), list) else 0
+    tuning = state.get("tuning")
+    return epochs + (isinstance(tuning, dict) and tuning.get("epoch") == epochs and bool(state.get("under_way")))
 
 
 def _so_far(configuration: dict[str, Any], epochs: int) -> dict[str, Any]:
@@ -102,12 +71,9 @@ def _some(these: list[Any], others: list[Any]) -> str:
 
 def fingerprint(model: nn.Module, trainable: tuple[str, ...]) -> str:
     """A hash of the parameters that do not train: a checkpoint goes with the network that it was made from."""
-    digest = hashlib.sha256()
-    for name, parameter in named_parameters(model).items():
-        if name not in trainable:
-            flat = parameter.detach().cpu().contiguous().flatten()
-            digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return _states.fingerprint(
+        (name, parameter) for name, parameter in named_parameters(model).items() if name not in trainable
+    )
 
 
 def tensors(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, Tensor]:
@@ -120,59 +86,38 @@ def tensors(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def restore(
-    path: Path,
-    state: dict[str, Any],
-    targets: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer | None,
-    device: torch.device,
-    generator: torch.Generator,
-) -> tuple[list[EpochRecord], int, str]:
-    """Puts a run back to where it was saved; the tensors come last, all or none.
+    path: Path, state: dict[str, Any], targets: dict[str, Tensor], optimizer: torch.optim.Optimizer | None
+) -> tuple[list[EpochRecord], str]:
+    """Puts the model and the optimizer back to where they were saved; the model's tensors come last, all or none.
 
     Returns:
-        The history, the steps behind it, and how the run has ended.
+        The history, and how the run has ended.
 
     Raises:
         CheckpointError: entries are missing, malformed, or do not fit the model.
     """
     try:
         history = [EpochRecord(**record) for record in state["history"]]
-        step, ended, values = int(state["step"]), str(state["ended"]), dict(state["tensors"])
+        ended, values = str(state["ended"]), dict(state["tensors"])
+        Tally(**state["tuning"]["tally"])
         wrong = sorted(targets.keys() ^ values.keys())
-        wrong += [name for name in targets.keys() & values.keys() if targets[name].shape != values[name].shape]
-        if optimizer is not None:
+        wrong += [name for name in targets.keys() & values.keys() if not _fits(values[name], targets[name])]
+        if optimizer is not None and not wrong:
             optimizer.load_state_dict(state["optimizer"])
-        set_random_state(state["random"], device, generator)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: {type(error).__name__}: {error}") from error
+        raise damaged(path, error) from error
     if wrong:
         raise CheckpointError(f"the checkpoint {str(path)!r}: its tensors do not fit the model: {', '.join(wrong[:6])}")
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(values[name])
-    return history, step, ended
+    return history, ended
 
 
-def random_state(device: torch.device, generator: torch.Generator) -> dict[str, Any]:
-    """All random state that a run depends on, as plain values and tensors."""
-    name, keys, *rest = np.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(),
-        "attack": generator.get_state(),
-        "python": random.getstate(),
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+def damaged(path: Path, error: Exception) -> CheckpointError:
+    """For a checkpoint that is whole and yet not one that was ever written."""
+    return CheckpointError(f"the checkpoint {str(path)!r} is damaged: {type(error).__name__}: {error}")
 
 
-def set_random_state(state: dict[str, Any], device: torch.device, generator: torch.Generator) -> None:
-    """Puts :func:`random_state` back."""
-    torch.set_rng_state(state["torch"])
-    generator.set_state(state["attack"])
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _fits(value: object, target: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == target.shape and value.dtype == target.dtype

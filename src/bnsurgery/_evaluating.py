@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from bnsurgery._allocator import keeping_memory
 from bnsurgery._branches import by_example
@@ -124,6 +122,36 @@ class AttackRow:
     rejected: int
     robust_error: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What adversarial examples are to keep to.
+
+    Attributes:
+        eps: radius in pixel units.
+        norm: of the ball.
+        bounds: lowest and highest valid input.
+    """
+
+    eps: float
+    norm: Norm
+    bounds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What an attack did to a batch.
+
+    Attributes:
+        rows: of the examples that it broke.
+        made: what broke them, (len(rows), ...).
+        rejected: how many it moved out of the ball or the bounds.
+    """
+
+    rows: Tensor
+    made: Tensor
+    rejected: int
 
 
 class InPixels(nn.Module):
@@ -291,56 +319,46 @@ class Run:
             return craft(attack, self.model, x, y, generator=generator, batch_size=size).cpu()
         return craft_on_copy(self.replica, attack, x, y, generator=generator, batch_size=size).cpu()
 
-    def attack(
-        self, name: str, attack: Any, eps: float, norm: Norm, bounds: tuple[float, float], seed: int, progress: bool
-    ) -> AttackRow:
-        """Runs one attack on what is still right, and records what it broke."""
-        began = time.perf_counter()
-        left = self.robust.nonzero().flatten()
-        generator = torch.Generator().manual_seed(seed)
+    def parts(self, name: str, attack: Any, left: Tensor) -> list[Tensor]:
+        """The examples that an attack is to try, in the batches that it is given."""
+        # AutoAttack cuts its batches itself, and starts its seed anew for each.
+        whole = is_autoattack(attack) and not _is_own_part(name, attack)
+        return list(torch.split(left, max(len(left), 1) if whole else self.batch_size)) if len(left) else []
+
+    def attempt(self, name: str, attack: Any, rows: Tensor, threat: Threat, generator: torch.Generator) -> Attempt:
+        """What an attack does to one batch, of which these are the rows; changes nothing here."""
 
         def inside(x: Tensor, made: Tensor) -> Tensor:
-            return _valid(x, made, eps, norm, bounds)
+            return _valid(x, made, threat)
 
-        own = name in ("apgd-ce", "apgd-t") and is_autoattack(attack) and attack.attacks_to_run == [name]
-        # AutoAttack cuts its batches itself, and starts its seed anew for each.
-        size = len(left) if is_autoattack(attack) and not own else self.batch_size
-        broken = rejected = 0
-        bar = tqdm(total=len(left), desc=name, unit="img", disable=not (progress and len(left)), leave=False)
-        with bar:
-            for rows in torch.split(left, size) if len(left) else ():
-                x = self.x[rows]
-                packed = self._packed(rows, inside, eps, norm) if own else None
-                made = self.craft(attack, rows, generator, packed)
-                wrong = ~self.right(rows, made)
-                if packed is not None and bool((lost := packed.broken.cpu() & ~wrong).any()):
-                    made[lost] = self.craft(attack, rows[lost], generator)  # wrong on the copy alone: to the last step
-                    wrong[lost] = ~self.right(rows[lost], made[lost])
-                valid = inside(x, made)
-                count = valid & wrong
-                self.adversarial[rows[count]] = made[count]
-                self.robust[rows[count]] = False
-                broken += int(count.sum())
-                rejected += int((~valid).sum())
-                bar.update(len(rows))
-                bar.set_postfix(robust_error=f"{percent(~self.robust):.1f}%")
-        if rejected:
-            warnings.warn(
-                f"{name} moved {rejected} of {len(left)} examples out of the {norm} ball of eps {eps:.4g} or "
-                "out of bounds: they do not count as broken",
-                BNSurgeryWarning,
-                stacklevel=3,
-            )
-        seconds = time.perf_counter() - began
-        return AttackRow(name, len(left), broken, rejected, percent(~self.robust), seconds)
+        x = self.x[rows]
+        packed = self._packed(rows, inside, threat.eps, threat.norm) if _is_own_part(name, attack) else None
+        made = self.craft(attack, rows, generator, packed)
+        wrong = ~self.right(rows, made)
+        if packed is not None and bool((lost := packed.broken.cpu() & ~wrong).any()):
+            made[lost] = self.craft(attack, rows[lost], generator)  # wrong on the copy alone: to the last step
+            wrong[lost] = ~self.right(rows[lost], made[lost])
+        valid = inside(x, made)
+        count = valid & wrong
+        return Attempt(rows[count], made[count], int((~valid).sum()))
+
+    def take(self, attempt: Attempt) -> None:
+        """Counts what an attack has broken."""
+        self.adversarial[attempt.rows] = attempt.made
+        self.robust[attempt.rows] = False
 
 
-def _valid(x: Tensor, made: Tensor, eps: float, norm: Norm, bounds: tuple[float, float]) -> Tensor:
+def _is_own_part(name: str, attack: Any) -> bool:
+    """Whether this is a part of AutoAttack that can leave out examples as soon as they are broken."""
+    return name in ("apgd-ce", "apgd-t") and is_autoattack(attack) and attack.attacks_to_run == [name]
+
+
+def _valid(x: Tensor, made: Tensor, threat: Threat) -> Tensor:
     """Whether each example is within eps and the bounds, but for float32 rounding: bool (N,)."""
     rounding = 1e-6
-    inside = distance(x, made, norm) <= eps * (1 + 1e-5) + rounding
+    inside = distance(x, made, threat.norm) <= threat.eps * (1 + 1e-5) + rounding
     flat = made.flatten(1)
-    return inside & (flat.amin(1) >= bounds[0] - rounding) & (flat.amax(1) <= bounds[1] + rounding)
+    return inside & (flat.amin(1) >= threat.bounds[0] - rounding) & (flat.amax(1) <= threat.bounds[1] + rounding)
 
 
 def percent(wrong: Tensor) -> float:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from bnsurgery._ranks import Ranks
 from bnsurgery.layers import widest
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,9 +115,10 @@ def merge(total: dict[Any, Moments], key: Any, moments: Moments) -> None:
 
 def over_ranks(value: dict[Any, Moments], device: torch.device) -> dict[Any, Moments]:
     """The moments of all ranks of ``torch.distributed`` merged, key by key, in the order of the ranks."""
-    if not distributed():
+    ranks = Ranks()
+    if ranks.alone:
         return value
-    gathered = _of_all_ranks({key: moments.to(torch.device("cpu")) for key, moments in value.items()})
+    gathered = ranks.gather({key: moments.to(torch.device("cpu")) for key, moments in value.items()})
     total: dict[Any, Moments] = {}
     for part in gathered:
         for key, moments in part.items():
@@ -129,26 +128,7 @@ def over_ranks(value: dict[Any, Moments], device: torch.device) -> dict[Any, Mom
 
 def sum_over_ranks(value: int) -> int:
     """The sum of a count over all ranks."""
-    return sum(_of_all_ranks(value))
-
-
-def slowest(seconds: float) -> float:
-    """The largest of what the ranks of ``torch.distributed`` say, so that all of them do the same."""
-    return max(_of_all_ranks(seconds))
-
-
-def _of_all_ranks(value: T) -> list[T]:
-    """What each rank says, in their order; of one process alone, what it says."""
-    if not distributed():
-        return [value]
-    gathered = [value] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def distributed() -> bool:
-    """Whether this is one of several processes of ``torch.distributed``."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return sum(Ranks().gather(value))
 
 
 class _EndToEnd:

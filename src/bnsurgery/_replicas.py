@@ -124,6 +124,7 @@ def craft_on_copy(
     *,
     generator: torch.Generator,
     batch_size: int | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """As :func:`bnsurgery.adapters.craft`, on a copy."""
     if isinstance(attack, PGD):
@@ -132,5 +133,5 @@ def craft_on_copy(
         def search(pixels: Tensor, labels: Tensor, begin: Tensor) -> Tensor:
             return replica.search(attack, pixels, labels, begin, x.dtype)
 
-        return attack.run(search, x, y, generator=generator)
+        return attack.run(search, x, y, generator=generator, start=start)
     return craft(attack, replica.net, x, y, generator=generator, batch_size=batch_size)

@@ -33,6 +33,7 @@ def craft(
     *,
     generator: torch.Generator,
     batch_size: int | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """Runs any attack on a model; the model and the process's random state are as before afterwards.
 
@@ -45,6 +46,7 @@ def craft(
         y: labels (N,).
         generator: where all randomness comes from.
         batch_size: AutoAttack cuts the examples into batches of so many; the others take them all at once.
+        start: the first iterate of a PGD, (N, ...), instead of a random start.
 
     Returns:
         Adversarial examples like ``x``, detached.
@@ -56,7 +58,7 @@ def craft(
     """
     check_attack(attack)
     if isinstance(attack, PGD):
-        return attack(model, x, y, generator=generator)
+        return attack(model, x, y, generator=generator, **({} if start is None else {"start": start}))
     check_pair(x, y)
     if is_autoattack(attack) or (is_torchattacks(attack) and not normalises(attack)):
         check_bounds(x, (0.0, 1.0))  # they would clamp it there without a word

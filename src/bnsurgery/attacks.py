@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -316,6 +317,28 @@ class PGD:
         if self.mean is None or self.std is None:
             return pixels
         return (pixels - _channels(self.mean, pixels)) / _channels(self.std, pixels)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a larger batch, of which other processes have the rest.
+
+    Attributes:
+        rows: which ones.
+        whole: how many there are in all.
+    """
+
+    rows: slice
+    whole: int
+
+
+def start_of(attack: PGD, x: Tensor, part: Part, generator: torch.Generator) -> Tensor | None:
+    """The random start of x (N, ...), part of a larger batch, as if the whole batch were attacked; None: no such."""
+    if not attack.random_start:
+        return None
+    pixels = attack._pixels(x.detach().to(torch.promote_types(x.dtype, torch.float32)))
+    like = pixels.new_empty(part.whole, *pixels.shape[1:])
+    return attack._inputs(pixels + GEOMETRIES[attack.norm].start(like, attack.eps, generator)[part.rows])
 
 
 @contextmanager

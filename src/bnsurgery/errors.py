@@ -27,6 +27,14 @@ class CheckpointError(BNSurgeryError):
     """A checkpoint cannot be read, or belongs to another model or configuration."""
 
 
+class NonFiniteError(BNSurgeryError):
+    """A loss, a gradient, an activation or an input is NaN or infinite (``on_nonfinite="raise"``)."""
+
+
+class LostProcessError(BNSurgeryError):
+    """One of several processes of a run is gone, or does not answer."""
+
+
 class MissingExtraError(BNSurgeryError, ImportError):
     """An optional package is not installed; the message names the command that installs it."""
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from bnsurgery import _states
 from bnsurgery._data import Data, check_eps
-from bnsurgery._evaluating import AttackRow, percent, plan, running
+from bnsurgery._evaluating import AttackRow, Threat, percent, plan, running
 from bnsurgery._geometry import Norm, check_norm
+from bnsurgery._ranks import Ranks, distributed
+from bnsurgery._rounds import Rounds
+from bnsurgery.adapters import configuration_of, is_autoattack
 from bnsurgery.engine import Engine, EngineLike, chosen_engine
+from bnsurgery.layers import unwrap
 
 __all__ = ["AttackRow", "Evaluation", "evaluate"]
 
@@ -83,6 +91,8 @@ def evaluate(
     max_examples: int | None = None,
     seed: int = 0,
     keep_adversarial: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 10.0,
     progress: bool = True,
     engine: Engine | EngineLike = "fast",
     compile: bool = False,  # noqa: A002 - torch's own word
@@ -91,6 +101,10 @@ def evaluate(
 
     Attacks run one after another, each on the examples that are still right. An example counts as broken only if the
     adversarial one lies within eps and the bounds, and the model misclassifies it. The data is held in memory.
+
+    Where ``torch.distributed`` is initialised (:func:`bnsurgery.processes`), all its processes work on one evaluation:
+    each is given the same model and all of the data, and attacks every so many-th batch. All return the same as one
+    process would.
 
     Args:
         model: maps inputs to logits (N, K). Normalisation belongs inside it, or in ``mean`` and ``std``.
@@ -106,8 +120,13 @@ def evaluate(
         std: per-channel standard deviation likewise.
         batch_size: examples attacked at once.
         max_examples: use the first so many examples.
-        seed: seeds each attack anew, so that one attack's result does not hang on which ran before it.
+        seed: seeds each batch of each attack anew, so that a result does not hang on what ran before it, or where.
         keep_adversarial: return the adversarial examples too.
+        checkpoint: a file from which the evaluation goes on where it exists, to the same result as in one go; a
+            finished one is read from it. Written before the first attack, after each attack, every ``checkpoint_every``
+            seconds after a batch, and when SIGINT or SIGTERM comes; the one before it is kept beside it (``.previous``)
+            and used, with a warning, where the newest is damaged.
+        checkpoint_every: seconds between checkpoints within an attack, at least 0.
         progress: show a progress bar on standard error.
         engine: ``"fast"``: a :class:`PGD` with ``bn="eval"``, a torchattacks or an AutoAttack object attacks a private
             copy of the model, fused, in the model's own precision; callables attack the model itself. ``"plain"``:
@@ -124,6 +143,10 @@ def evaluate(
         TypeError: an attack that is none.
         BNSurgeryError: an attack returned something else than inputs of the same shape.
         MissingExtraError: AutoAttack is asked for and not installed.
+        CheckpointError: the checkpoint is damaged, and so is the one before it, or it belongs to another model, other
+            data or another configuration (the message lists the differences).
+        LostProcessError: another process of this evaluation is gone or does not answer.
+        OSError: the first checkpoint cannot be written.
 
     Warns:
         BNSurgeryWarning: an attack returned examples outside eps or the bounds, which do not count, or is set to
@@ -139,7 +162,13 @@ def evaluate(
     """
     check_norm(norm)
     check_eps(eps, norm, bounds)
+    if not checkpoint_every >= 0:
+        raise ValueError(f"checkpoint_every must be at least 0, got {checkpoint_every}")
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"checkpoint={str(path)!r}: the folder {str(path.parent)!r} does not exist")
     plans = plan(attacks, eps, norm, bounds, normalised=mean is not None)
+    switches = chosen_engine(engine)
     ready = running(
         model,
         data,
@@ -148,30 +177,76 @@ def evaluate(
         std=std,
         batch_size=batch_size,
         max_examples=max_examples,
-        switches=chosen_engine(engine),
+        switches=switches,
         compile=compile,
     )
     with ready as run:
-        correct = run.clean()
-        run.robust = correct.clone()
-        rows = []
+        same = _same(unwrap(model), run.x, run.y) if path is not None or distributed() else {}
+        _check_processes(same)
+        run.logits(torch.arange(min(batch_size, len(run.y))), run.x[:batch_size])  # tells the number of classes
         built = [(name, build(run, seed)) for name, build in plans]
         for name, attack in built:
             run.refuse_around(name, attack)
-        for name, attack in built:
-            rows.append(run.attack(name, attack, eps, norm, bounds, seed, progress))
+        configuration = {
+            "attacks": [_described(name, attack) for name, attack in built],
+            "batch_size": batch_size,
+            "bounds": list(bounds),
+            "compile": compile,
+            "engine": repr(switches and replace(switches, keep_memory=True)),
+            "eps": float(eps),
+            "keep_adversarial": keep_adversarial,
+            "mean": None if mean is None else [float(value) for value in torch.as_tensor(mean).flatten()],
+            "norm": norm,
+            "seed": seed,
+            "std": None if std is None else [float(value) for value in torch.as_tensor(std).flatten()],
+            **same,
+        }
+        rounds = Rounds(
+            run,
+            built,
+            Threat(eps, norm, bounds),
+            seed=seed,
+            progress=progress,
+            keep_adversarial=keep_adversarial,
+            path=path,
+            every=checkpoint_every,
+            configuration=configuration,
+        )
+        rounds.go()
     made = None
     if keep_adversarial:
         made = run.adversarial if run.inside is None else run.inside.inputs(run.adversarial)
     return Evaluation(
         examples=len(run.y),
-        clean_error=percent(~correct),
+        clean_error=percent(~rounds.correct),
         robust_error=percent(~run.robust),
-        rows=tuple(rows),
+        rows=tuple(rounds.rows),
         eps=eps,
         norm=norm,
         seed=seed,
-        correct=correct,
+        correct=rounds.correct,
         robust=run.robust,
         adversarial=made,
     )
+
+
+def _described(name: str, attack: Any) -> str:
+    """For the configuration of a checkpoint: a part that was named here goes by its name and the other arguments."""
+    own = is_autoattack(attack) and attack.attacks_to_run == [name]
+    described = name if own else configuration_of(attack)
+    return name if described == name else f"{name}: {described}"
+
+
+def _same(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, str]:
+    """What must be the same in all processes, and when an evaluation goes on."""
+    return {
+        "data": _states.fingerprint([("x", x), ("y", y)]),
+        "model": _states.fingerprint((*model.named_parameters(), *model.named_buffers())),
+    }
+
+
+def _check_processes(same: dict[str, str]) -> None:
+    for name, what in (("data", "all of the same data, in the same order"), ("model", "the same model")):
+        said = set(Ranks().gather(same.get(name)))
+        if len(said) > 1:
+            raise ValueError(f"the processes were given different {name}: evaluate shares the work, give each {what}")

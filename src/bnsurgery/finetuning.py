@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,11 +18,19 @@ from torch import nn
 from bnsurgery import _checkpoints
 from bnsurgery._allocator import keeping_memory
 from bnsurgery._branches import layout_of, routers
+from bnsurgery._crafting import AttackStep
 from bnsurgery._data import is_pair
+from bnsurgery._keeping import Keeper
 from bnsurgery._modes import global_state, preserved
-from bnsurgery._moments import slowest
+from bnsurgery._random import seed_global
+from bnsurgery._ranks import Ranks
+from bnsurgery._records import Callback, EpochRecord, StepCallback, StepRecord
 from bnsurgery._replicas import Replicas, can_attack_a_copy
-from bnsurgery._tuning import SCHEDULES, AttackStep, Callback, EpochRecord, Schedule, StepCallback, StepRecord, Tuning
+from bnsurgery._sharing import Shard, Share, Sync, splits
+from bnsurgery._signals import Signals
+from bnsurgery._source import Data, described
+from bnsurgery._step import OnNonFinite, Step
+from bnsurgery._tuning import SCHEDULES, Schedule, Tuning
 from bnsurgery.adapters import check_attack, configuration_of, describe_attack
 from bnsurgery.attacks import PGD, Loss, cross_entropy
 from bnsurgery.engine import (
@@ -41,7 +49,8 @@ from bnsurgery.layers import bn_layers, device_of, named_parameters, require_sta
 from bnsurgery.surgery import require_branches
 
 Train = Literal["bn", "bn-params", "bn-stats", "all", "as-is"]
-TRAIN: tuple[Train, ...] = ("bn", "bn-params", "bn-stats", "all", "as-is")
+TRAIN: tuple[Train, ...] = get_args(Train)
+DataOrder = Literal["same", "any"]
 OptimizerLike = torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 __all__ = ["EpochRecord", "Finetuning", "StepRecord", "adv_finetune"]
@@ -67,7 +76,7 @@ class Finetuning:
 
     @property
     def skipped(self) -> int:
-        """Steps undone because a loss or gradient was not finite."""
+        """Steps undone because a number was not finite."""
         return sum(record.skipped for record in self.history)
 
     def record(self) -> dict[str, Any]:
@@ -102,6 +111,11 @@ def adv_finetune(
     max_seconds: float | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    data_order: DataOrder = "same",
+    on_nonfinite: OnNonFinite = "skip",
+    shard: Shard = "auto",
+    sync: Sync = "buffers",
     progress: bool = True,
     engine: Engine | EngineLike = "fast",
     precision: Precision = "auto",
@@ -113,9 +127,11 @@ def adv_finetune(
     Each step attacks the batch with the model in evaluation mode, then takes an optimizer step on the adversarial
     examples with the model in training mode (Walter et al., following Madry et al.). What changes in the model is the
     parameters that train and the statistics; modes, ``requires_grad``, gradients and the process's random state are
-    as before afterwards, also after an exception, which leaves the model as after the last whole step (unless it
-    strikes inside the optimizer's own step). The call freezes by itself: a freeze of your own counts with
-    ``train="as-is"`` alone.
+    as before afterwards, also after an exception, which leaves the model as after the last whole step. The call
+    freezes by itself: a freeze of your own counts with ``train="as-is"`` alone.
+
+    Where ``torch.distributed`` is initialised (:func:`bnsurgery.processes`), all its processes work on one run: each on
+    its share of the data, with one exchange a step, in which gradients and statistics become those of all.
 
     Args:
         model: maps inputs to logits (N, K).
@@ -154,10 +170,30 @@ def adv_finetune(
         max_seconds: begin no epoch that, taking as long as the longest before it in this call, would end later than
             this; the first is made in any case. With a checkpoint, another call goes on from there. Under ``torchrun``
             all processes stop where the first of them would.
-        seed: seeds the attack and, for the length of the call, torch's, NumPy's and Python's global generators, from
-            which a shuffling loader draws.
-        checkpoint: a file written after each epoch; where it exists the run goes on from it. A copy of it can go on in
-            another way: with another ``consistent_bn_after``, where BN was not consistent yet, nor is to have been.
+        seed: seeds the attack and, for the length of the call, torch's, NumPy's and Python's global generators. What
+            the data draws from these (a shuffling loader, random transforms) comes from a stream of its own, which does
+            not depend on what the model and the attack draw.
+        checkpoint: a file from which the run goes on where it exists, to the same bits as a run in one go (on the CPU,
+            or with deterministic algorithms). Written before the first step, then every ``checkpoint_every`` seconds
+            after a step, after each epoch, and after the step under way when SIGINT or SIGTERM comes; the one before it
+            is kept beside it (``.previous``) and used, with a warning, where the newest is damaged. A copy of it can go
+            on in another way: with another ``consistent_bn_after``, where BN was not consistent yet, nor is to have
+            been. What callbacks remember is theirs to keep.
+        checkpoint_every: seconds between checkpoints within an epoch, at least 0; ``math.inf``: none.
+        data_order: within an epoch, batches that are behind a checkpoint are drawn again and passed over. ``"same"``:
+            they must be those of before. ``"any"``: the run goes on with what comes, as for a stream that never gives
+            the same again, and does not end with the same bits.
+        on_nonfinite: where an input, an activation that reaches the statistics, the loss, a gradient or an update is
+            NaN or infinite: ``"skip"``: the step is undone and counted, and the first one warns of the place;
+            ``"raise"``: it is undone, and an error names the place.
+        shard: with several processes. ``"split"``: all are given the same batches, and each takes every so many-th row
+            of each (a batch too small for two rows each is worked on whole by all). ``"none"``: each is given batches
+            of its own, equally many. ``"auto"``: ``"none"`` for a loader with a DistributedSampler and for a model in
+            DistributedDataParallel, else ``"split"``.
+        sync: with several processes, whose batch BN normalises by in training. ``"buffers"``: each by its own share;
+            running statistics are averaged after each step. ``"batch"``: by that of all together, as one process would;
+            each BN layer then talks to the others, forward and backward. ``"none"``: each by its own, and keeps running
+            statistics of its own.
         progress: show a progress bar on standard error.
         engine: ``"fast"``: a :class:`PGD` with ``bn="eval"``, a torchattacks or an AutoAttack object attacks a private
             copy of the model, fused, which follows the model step by step; the rest, callables above all, attacks the
@@ -180,13 +216,19 @@ def adv_finetune(
         ValueError: an argument out of range, nothing to train, no data, wrong shapes, inputs or labels out of range, a
             split model without these branches.
         TypeError: ``attack`` is none.
-        CheckpointError: the checkpoint is damaged or belongs to another run.
-        BNSurgeryError: a DistributedDataParallel model was built before what trains was chosen; the attack returned
-            something else than inputs of the same shape; or this is ``torch.inference_mode()``.
+        CheckpointError: the checkpoint is damaged, and so is the one before it, or it belongs to another run (the
+            message lists the differences) or to another order of the data.
+        NonFiniteError: a number is not finite, and ``on_nonfinite="raise"``.
+        LostProcessError: another process of this run is gone or does not answer.
+        OSError: the first checkpoint cannot be written.
+        BNSurgeryError: the attack returned something else than inputs of the same shape; another process has been told
+            to end; or this is ``torch.inference_mode()``.
 
     Warns:
-        BNSurgeryWarning: a step is skipped, since the loss or a gradient is not finite, or a batch left out, since a BN
-            layer would see one value per channel; the model cannot be copied or fused; ``precision`` changes nothing.
+        BNSurgeryWarning: a step is skipped, since a number is not finite, or a batch left out, since a BN layer would
+            see one value per channel; the model cannot be copied or fused; ``precision`` changes nothing; a checkpoint
+            cannot be written, and the run goes on without; the newest checkpoint is damaged; the data has more batches
+            than it said.
 
     Example:
         >>> import torch
@@ -197,6 +239,16 @@ def adv_finetune(
         (('2.weight', '2.bias'), 8)
     """
     _check(data, epochs, train, clean_fraction, max_steps, max_seconds)
+    for name, value, kind in (
+        ("data_order", data_order, DataOrder),
+        ("on_nonfinite", on_nonfinite, OnNonFinite),
+        ("shard", shard, Shard),
+        ("sync", sync, Sync),
+    ):
+        if value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
+    if not checkpoint_every >= 0:
+        raise ValueError(f"checkpoint_every must be at least 0, got {checkpoint_every}")
     if attack is not None:
         check_attack(attack)
     _check_warmup(eps_warmup, epochs, attack)
@@ -213,15 +265,17 @@ def adv_finetune(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"checkpoint={str(path)!r}: the folder {str(path.parent)!r} does not exist")
+    ranks = Ranks()
+    share = Share(ranks, root, split=splits(shard, model, data, ranks), sync=sync)
     generator = torch.Generator().manual_seed(seed)
     began, longest = time.perf_counter(), 0.0
-    history: list[EpochRecord] = []
-    ended = "epochs"
-    asked = {name for name, parameter in named_parameters(root).items() if parameter.requires_grad}
 
     with preserved(root, buffers=False), global_state(device, seed), _training(root, train, also) as trainable:
+        if not (ranks.alone or share.split):
+            seed_global((seed + 104729 * ranks.rank) % 2**63)
+        source = Data(data, watched=path is not None, share=share)
+        seed_global((seed + 7919 * (ranks.rank + 1)) % 2**63)
         parameters = named_parameters(root)
-        _check_ddp(model, asked, parameters)
         chosen = _optimizer(optimizer, [parameters[name] for name in trainable], lr, momentum, weight_decay)
         dtype = None if switches is None else dtype_for(root, precision, lower=isinstance(attack, PGD))
         copies = None if switches is None else Replicas(root, switches, dtype=dtype, compile=compile)
@@ -231,31 +285,14 @@ def adv_finetune(
         autocast = torch.bfloat16 if step_precision == "bfloat16" else None
         if step_precision == "auto":
             autocast = dtype_for(root, "auto", lower=True)
-        tuning = Tuning(
-            model,
-            chosen,
-            make=None if attack is None else AttackStep(attack, root, generator, copies),
-            eps_warmup=eps_warmup,
-            clean_fraction=clean_fraction,
-            loss=loss,
-            schedule=factor,
-            epochs=epochs,
-            max_steps=max_steps,
-            steps_per_epoch=_length(data),
-            on_step=on_step,
-            progress=progress,
-            images_channels_last=switches is not None and switches.channels_last,
-            lean=switches is not None,
-            autocast=autocast,
-            compile=compile,
-            branches=branches if parted else None,
-            consistent_bn_after=consistent_bn_after,
-        )
+        ranks.as_first(list(_checkpoints.tensors(root, tuple(parameters)).values()))
         configuration = {
             "attack": _described(attack, eps_warmup),
             "branches": list(branches) if parted else None,
             "clean_fraction": float(clean_fraction),
+            "compile": compile,
             "consistent_bn_after": consistent_bn_after,
+            "data": described(data),
             "epochs": epochs,
             "frozen": _checkpoints.fingerprint(root, trainable) if path is not None else "",
             "loss": getattr(loss, "__name__", type(loss).__name__),
@@ -266,36 +303,72 @@ def adv_finetune(
             "schedule": schedule if isinstance(schedule, str) else "function",
             "seed": seed,
             "step": str(autocast),
+            "sync": sync if not ranks.alone and sync != "buffers" else "buffers",
             "train": train,
             "trainable": [[name, *parameters[name].shape] for name in trainable],
             **layout_of(root),
         }
-        with tuning.running(), keeping_memory(device, wanted=switches is not None and switches.keep_memory):
-            if path is not None and path.exists():
-                state = _checkpoints.load(path, configuration)
-                targets = _checkpoints.tensors(root, trainable)
-                history, step, ended = _checkpoints.restore(path, state, targets, chosen, device, generator)
-                tuning.resume(len(history), step)
+        signals = Signals(wanted=path is not None)
+        step = Step(
+            model,
+            chosen,
+            make=None if attack is None else AttackStep(attack, root, generator, copies),
+            clean_fraction=clean_fraction,
+            loss=loss,
+            images_channels_last=switches is not None and switches.channels_last,
+            lean=switches is not None,
+            autocast=autocast,
+            compile=compile,
+            branches=branches if parted else None,
+            on_nonfinite=on_nonfinite,
+            share=share,
+        )
+        tuning = Tuning(
+            step,
+            source,
+            schedule=factor,
+            epochs=epochs,
+            max_steps=max_steps,
+            eps_warmup=eps_warmup,
+            consistent_bn_after=consistent_bn_after,
+            on_step=on_step,
+            progress=progress and ranks.first,
+            signals=signals,
+        )
+        keeper = Keeper(
+            path,
+            every=checkpoint_every,
+            configuration=configuration,
+            targets=lambda: _checkpoints.tensors(root, trainable),
+            optimizer=chosen,
+            device=device,
+            generator=generator,
+            share=share,
+            signals=signals,
+            seed=seed,
+        )
+        kept = keeping_memory(device, wanted=switches is not None and switches.keep_memory)
+        with tuning.running(), kept, signals:
+            keeper.begin(tuning, source, same=data_order == "same")
+            ended = keeper.ended
             while tuning.epoch < epochs and ended == "epochs":
                 start = time.perf_counter()
-                record = tuning.run_epoch(data)
-                history.append(record)
+                record = tuning.run_epoch(lambda: keeper.step_done(tuning, source), keeper.asked)
+                keeper.history.append(record)
                 stop = [bool(callback(record, root)) for callback in each_epoch]
                 if tuning.stopped or any(stop):
-                    ended = "callback"
+                    keeper.ended = "callback"
                 elif tuning.done:
-                    ended = "max_steps"
+                    keeper.ended = "max_steps"
                 tuning.epoch += 1
-                if path is not None:
-                    targets = _checkpoints.tensors(root, trainable)
-                    done = {"ended": ended, "history": [asdict(epoch) for epoch in history], "step": tuning.step}
-                    _checkpoints.save(path, configuration, done, targets, chosen, device, generator)
+                keeper.epoch_done(tuning, source)
+                ended = keeper.ended
                 now = time.perf_counter()
                 longest = max(longest, now - start)
-                late = max_seconds is not None and slowest(now - began + longest - max_seconds) > 0
-                if late and ended == "epochs" and tuning.epoch < epochs:
-                    ended = "max_seconds"  # which the checkpoint does not say: the run is to go on from it
-    return Finetuning(tuple(history), trainable, tuning.step, train, ended)
+                if max_seconds is not None and ended == "epochs" and tuning.epoch < epochs:
+                    late = ranks.largest(now - began + longest - max_seconds) > 0
+                    ended = "max_seconds" if late else ended  # the checkpoint does not say so: the run is to go on
+    return Finetuning(tuple(keeper.history), trainable, tuning.step, train, ended)
 
 
 @contextmanager
@@ -426,20 +499,3 @@ def _described(attack: Any, eps_warmup: int) -> str:
     """For the configuration of a checkpoint."""
     text = "none" if attack is None else configuration_of(attack)
     return f"{text}, eps_warmup={eps_warmup}" if eps_warmup else text
-
-
-def _check_ddp(model: nn.Module, asked: set[str], parameters: dict[str, nn.Parameter]) -> None:
-    """DistributedDataParallel looks at ``requires_grad`` when it is built, and waits for those gradients ever after."""
-    trains = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    if isinstance(model, nn.parallel.DistributedDataParallel) and trains != asked:
-        raise BNSurgeryError(
-            "DistributedDataParallel was built when other parameters required a gradient: "
-            "call freeze_except_bn first, wrap the model then, and pass train='as-is'"
-        )
-
-
-def _length(data: object) -> int | None:
-    try:
-        return len(data)  # type: ignore[arg-type]  # asked, not assumed
-    except TypeError:
-        return None

@@ -1,0 +1,195 @@
+"""Keep a fine-tuning run on disk while it goes on, and go on with one that was kept."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnsurgery import _checkpoints, _states
+from bnsurgery._modes import Snapshot
+from bnsurgery._random import global_random_state, seed_global, set_global_random_state
+from bnsurgery._records import EpochRecord
+from bnsurgery._sharing import Share
+from bnsurgery._signals import Signals
+from bnsurgery._source import Data
+from bnsurgery._tuning import Tuning
+from bnsurgery._undo import Undo
+from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, CheckpointError
+
+
+class Keeper:
+    """The checkpoint of one run; without a path, nothing is kept. Of several processes, the first writes.
+
+    Attributes:
+        history: of the epochs that have ended.
+        ended: how the run has ended, or ``"epochs"`` while it goes on.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        every: float,
+        configuration: dict[str, Any],
+        targets: Callable[[], dict[str, Tensor]],
+        optimizer: torch.optim.Optimizer | None,
+        device: torch.device,
+        generator: torch.Generator,
+        share: Share,
+        signals: Signals,
+        seed: int,
+    ) -> None:
+        """``targets`` are the tensors that the run changes; ``generator`` is the attack's."""
+        self._path, self._every, self._configuration = path, every, configuration
+        self._targets, self._optimizer = targets, optimizer
+        self._device, self._generator, self._seed = device, generator, seed
+        self._share, self._ranks, self._signals = share, share.ranks, signals
+        self._written = time.monotonic()
+        self.history: list[EpochRecord] = []
+        self.ended = "epochs"
+
+    def begin(self, tuning: Tuning, data: Data, *, same: bool) -> None:
+        """Goes on from the checkpoint, or writes the first one, before any work that could be lost.
+
+        Raises:
+            CheckpointError: it is damaged, belongs to another run, or (``same=True``) to another order of the data.
+            OSError: it cannot be written.
+        """
+        if self._path is None:
+            return
+        state = _states.of_first(self._ranks, self._path, _checkpoints.KIND)
+        if state is None:
+            self._save(tuning, data)
+            return
+        _checkpoints.require_same(self._path, state, self._configuration)
+        before = Snapshot(self._targets().values())
+        undo = None if self._optimizer is None else Undo(self._optimizer)
+        if undo is not None:
+            undo.note()
+        whole = False
+        try:
+            self._restore(self._path, state, tuning, data, same=same)
+            whole = True
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise _checkpoints.damaged(self._path, error) from error
+        finally:
+            if not whole:
+                before.restore()
+                if undo is not None:
+                    undo.restore()
+        self._written = time.monotonic()
+
+    def _restore(self, path: Path, state: dict[str, Any], tuning: Tuning, data: Data, *, same: bool) -> None:
+        targets = self._targets()
+        self.history, self.ended = _checkpoints.restore(path, state, targets, self._optimizer)
+        tuning.restore(state["tuning"])
+        own = self._own(state["processes"])
+        with torch.no_grad():
+            for name, value in own["statistics"].items():
+                targets[name].copy_(value)
+        if self.ended == "epochs":
+            data.restore(own["data"], tuning.epoch, same=same)
+        self._generator.set_state(state["attack"])
+        if own["random"] is not None:
+            set_global_random_state(own["random"], self._device)
+
+    def asked(self) -> dict[str, bool]:
+        """What this process asks of all of them: to save now, or, since it has been told to, to stop."""
+        due = self._ranks.first and time.monotonic() - self._written >= self._every
+        return {"save": due, "stop": self._signals.noted is not None}
+
+    def step_done(self, tuning: Tuning, data: Data) -> None:
+        """Writes a checkpoint after a step where it is time, or where a signal asks this process to end."""
+        if self._path is None:
+            return
+        asked = self.asked() if self._ranks.alone else self._share.asked
+        if asked["save"] or asked["stop"]:
+            self._try_to_save(tuning, data)
+        self._end_where_told(asked["stop"])
+
+    def epoch_done(self, tuning: Tuning, data: Data) -> None:
+        """Writes a checkpoint after an epoch."""
+        if self._path is not None:
+            self._try_to_save(tuning, data)
+            self._signals.deliver()
+
+    def _end_where_told(self, stop: bool) -> None:
+        """Lets a signal that has been held back do what it does; another process's ends this one too."""
+        told = self._signals.noted is not None
+        self._signals.deliver()
+        if stop and not told:
+            raise BNSurgeryError(
+                "another process of this run has been told to end; the checkpoint is written, and starting all of them "
+                "again goes on from it"
+            )
+
+    def _try_to_save(self, tuning: Tuning, data: Data) -> None:
+        """Writes a checkpoint; where that fails, the run goes on, and the one before it stays."""
+        try:
+            self._save(tuning, data)
+        except OSError as error:
+            self._written, reason = time.monotonic(), error.strerror or error
+            warnings.warn(
+                f"cannot write the checkpoint {str(self._path)!r} after step {tuning.step} ({reason}): the run goes "
+                "on, and the last one that was written stays",
+                BNSurgeryWarning,
+                stacklevel=5,
+            )
+
+    def _save(self, tuning: Tuning, data: Data) -> None:
+        targets = self._targets()
+        statistics = {}
+        if self._share.sync == "none" and not self._ranks.alone:
+            statistics = {name: tensor.detach().cpu() for name, tensor in targets.items() if ".running_" in f".{name}"}
+        own = {"data": data.state(), "random": global_random_state(self._device), "statistics": statistics}
+        processes = self._ranks.gather(own)
+        if self._path is None or not self._ranks.first:
+            return
+        state = {
+            "attack": self._generator.get_state(),
+            "configuration": self._configuration,
+            "ended": self.ended,
+            "history": [asdict(epoch) for epoch in self.history],
+            "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
+            "processes": processes,
+            "tensors": targets,
+            "tuning": tuning.state(),
+            "under_way": data.under_way,
+        }
+        try:
+            _states.save(self._path, _checkpoints.KIND, state)
+        except TypeError as error:
+            raise BNSurgeryError(f"the state of the run cannot be kept in a checkpoint: {error}") from error
+        self._written = time.monotonic()
+
+    def _own(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the checkpoint holds for this process."""
+        rank, world = self._ranks.rank, self._ranks.world
+        if not processes:
+            raise ValueError("it holds no process")
+        if len(processes) == world:
+            return processes[rank]
+        if not (self._share.split or self._ranks.alone) or self._share.sync == "none":
+            raise CheckpointError(
+                f"the checkpoint {str(self._path)!r} is of {len(processes)} processes, and these are {world}: another "
+                'number can go on only where each takes its rows of every batch (shard="split") and the statistics are '
+                "the same in all"
+            )
+        if self._ranks.first:
+            warnings.warn(
+                f"the checkpoint {str(self._path)!r} is of {len(processes)} processes, and these are {world}: the run "
+                "goes on, and may not end with the same bits",
+                BNSurgeryWarning,
+                stacklevel=6,
+            )
+        if rank >= len(processes):
+            seed_global(self._seed + 7919 * (rank + 1))
+            return {**processes[0], "random": None}
+        return processes[rank]

@@ -1,0 +1,302 @@
+"""What several processes share of a training step: rows of a batch, statistics of BN layers, one sum of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DistributedSampler
+
+from bnsurgery._ranks import Ranks, talking
+from bnsurgery.layers import has_statistics, statistics
+
+Sync = Literal["buffers", "batch", "none"]
+SYNC: tuple[Sync, ...] = ("buffers", "batch", "none")
+Shard = Literal["auto", "split", "none"]
+SHARD: tuple[Shard, ...] = ("auto", "split", "none")
+
+
+def splits(shard: Shard, model: nn.Module, data: object, ranks: Ranks) -> bool:
+    """Whether each process takes its rows of every batch, rather than the batches that it is given."""
+    if ranks.alone or shard == "none":
+        return False
+    samplers = [getattr(data, name, None) for name in ("sampler", "batch_sampler")]
+    samplers += [getattr(sampler, "sampler", None) for sampler in samplers]
+    own = any(isinstance(sampler, DistributedSampler) for sampler in samplers)
+    return shard == "split" or not (own or _wrapped(model))
+
+
+def without_ddp(model: nn.Module) -> nn.Module:
+    """What a DistributedDataParallel runs: gradients are summed here, once a step, and not once more by it."""
+    inside, found = model, model
+    while True:
+        if isinstance(inside, DistributedDataParallel):
+            found = inside = inside.module
+        elif hasattr(inside, "_orig_mod") and isinstance(inside._orig_mod, nn.Module):
+            inside = inside._orig_mod
+        else:
+            return found
+
+
+def _wrapped(model: nn.Module) -> bool:
+    return without_ddp(model) is not model
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Those of a batch that are this process's.
+
+    Attributes:
+        x: inputs (n, ...).
+        y: labels (n,).
+        clean: so many of them, from the front, stay clean.
+        first: in the whole batch's adversarial part, the row that is this part's first.
+        every: and so many rows on, the next.
+        whole: rows of the whole batch's adversarial part.
+        alone: each process has all rows, and works on them by itself.
+    """
+
+    x: Tensor
+    y: Tensor
+    clean: int
+    first: int
+    every: int
+    whole: int
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Of one step, over all processes.
+
+    Attributes:
+        loss: mean over the examples.
+        wrong: share of them misclassified.
+        examples: all of them.
+        troubles: how many processes had which trouble.
+    """
+
+    loss: float
+    wrong: float
+    examples: int
+    troubles: dict[str, int]
+
+
+class Share:
+    """This process's part in the steps of a run.
+
+    Attributes:
+        split: each batch is the whole one, on all processes, and each takes its rows.
+        asked: what a process may ask of all, once the step is made: by name, whether any has.
+    """
+
+    TROUBLES = ("left out", "skipped")
+    ASKED = ("save", "stop")
+
+    def __init__(self, ranks: Ranks, root: nn.Module, *, split: bool, sync: Sync) -> None:
+        self.ranks, self._root, self.split, self.sync = ranks, root, split, sync
+        self.asked = dict.fromkeys(self.ASKED, False)
+
+    def rows(self, x: Tensor, y: Tensor, clean: int, *, parted: bool) -> Rows:
+        """This process's rows of a batch whose first ``clean`` examples stay clean.
+
+        Each process has at least two rows (of each part, where these go through branches), or all have all.
+        """
+        world, rank = self.ranks.world, self.ranks.rank
+        parts = (clean, len(x) - clean) if parted else (len(x),)
+        if not self.split or any(0 < part < 2 * world for part in parts):
+            return Rows(x, y, clean, 0, 1, len(x) - clean, alone=self.split)
+        own = slice(rank, None, world)
+        return Rows(
+            x=x[own],
+            y=y[own],
+            clean=len(range(rank, clean, world)),
+            first=(rank - clean) % world,
+            every=world,
+            whole=len(x) - clean,
+            alone=False,
+        )
+
+    def normalising(self, rows: Rows) -> AbstractContextManager[Any]:
+        """While a batch passes, BN layers in training normalise by that of all processes (``sync="batch"``)."""
+        return nullcontext() if self.sync != "batch" or rows.alone else _AllRanks(self.ranks.world)
+
+    def weight(self, rows: Rows, device: torch.device) -> float | None:
+        """What a process's mean loss is multiplied by before its backward pass; None: nothing."""
+        if self.sync != "batch" or rows.alone:
+            return None
+        count = torch.tensor([float(len(rows.x))], device=device)
+        self.ranks.add_up(count)
+        return len(rows.x) / float(count)
+
+    def add_up(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        rows: Rows,
+        weighted: bool,
+        loss: float,
+        wrong: float,
+        trouble: str | None,
+        asked: dict[str, bool],
+        device: torch.device,
+    ) -> Sum:
+        """The one exchange of a step: gradients and statistics become those of all processes.
+
+        Statistics are averaged over the processes, by their examples; not so with ``sync="none"``. ``weighted``: the
+        gradients are those of a loss multiplied by :meth:`weight`. ``loss`` and ``wrong`` are means over this process's
+        rows, ``trouble`` is what keeps it from making the step, and ``asked`` what it asks of all.
+        """
+        count = len(rows.x) / (self.ranks.world if rows.alone else 1)
+        by = 1.0 if weighted else count  # gradients of a mean that has its weight already add up as they are
+        gradients = [] if trouble else [p for p in parameters if p.grad is not None]
+        # A parameter that no loss reaches has no gradient, on this process; others may have one.
+        targets = list(parameters)
+        moving = [] if self.sync == "none" else _moving(self._root)
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in (*targets, *moving)) else torch.float32
+        have = {id(p) for p in gradients}
+        said = [count, loss * count, wrong * count]
+        said += [float(trouble == name) for name in self.TROUBLES] + [float(asked[name]) for name in self.ASKED]
+        said += [float(id(p) in have) for p in targets]
+        flat = torch.cat(
+            [
+                torch.tensor(said, dtype=wide, device=device),
+                *(
+                    p.grad.to(device, wide).flatten() * by
+                    if id(p) in have and p.grad is not None
+                    else torch.zeros(p.numel(), dtype=wide, device=device)
+                    for p in targets
+                ),
+                *(torch.nan_to_num(buffer.to(device, wide).flatten()) * count for buffer in moving),
+            ]
+        )
+        self.ranks.add_up(flat)
+        sizes = [len(said), *(p.numel() for p in targets), *(buffer.numel() for buffer in moving)]
+        head, *parts = torch.split(flat, sizes)
+        numbers = head.tolist()
+        total = numbers[0]
+        begin = 3 + len(self.TROUBLES)
+        troubles = dict(zip(self.TROUBLES, map(int, numbers[3:begin]), strict=True))
+        self.asked = {name: value > 0 for name, value in zip(self.ASKED, numbers[begin:], strict=False)}
+        if not any(troubles.values()):
+            reached = numbers[begin + len(self.ASKED) :]
+            for parameter, gradient, any_has in zip(targets, parts, reached, strict=False):
+                if any_has:
+                    mean = gradient if weighted else gradient / total
+                    parameter.grad = mean.view_as(parameter).to(parameter.device, parameter.dtype)
+            with torch.no_grad():
+                for buffer, value in zip(moving, parts[len(targets) :], strict=True):
+                    buffer.copy_((value / total).view_as(buffer))
+        return Sum(numbers[1] / total, numbers[2] / total, round(total), troubles)
+
+
+def _moving(root: nn.Module) -> list[Tensor]:
+    """The running means and variances of a model, each once."""
+    layers = [layer for layer in root.modules() if isinstance(layer, _BatchNorm) and has_statistics(layer)]
+    buffers = [statistics(layer)[name] for layer in layers for name in ("running_mean", "running_var")]
+    return list({id(buffer): buffer for buffer in buffers}.values())
+
+
+class _AllRanks(TorchFunctionMode):
+    """BN in training normalises by the statistics of all processes' batches together, and records those."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        self._world = world
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func is F.batch_norm:
+            call = dict(zip(("input", "running_mean", "running_var", "weight", "bias", "training"), args, strict=False))
+            call |= dict(zip(("momentum", "eps"), args[6:], strict=False)) | named
+            if call.get("training", False):
+                return self._normalised(**call)
+        return func(*args, **named)
+
+    def _normalised(
+        self,
+        input: Tensor,  # noqa: A002 - torch's name
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = True,  # noqa: ARG002 - torch's signature
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        output, mean, variance, count = _Together.apply(input, weight, bias, eps, self._world)
+        if running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                unbiased = variance * (count / (count - 1))
+                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        made: Tensor = output
+        return made
+
+
+class _Together(torch.autograd.Function):
+    """BN of a batch that is spread over processes; its forward and backward pass each talk to the others once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, world: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Outputs like x, the mean (C,) and biased variance (C,) of all, and the count per channel."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        axes = [0, *range(2, x.dim())]
+        count = x.numel() // x.shape[1]
+        variance, mean = torch.var_mean(x.to(wide), axes, correction=0)
+        own = torch.cat([mean.new_tensor([count]), mean, variance])
+        parts = [torch.empty_like(own) for _ in range(world)]
+        with talking():
+            dist.all_gather(parts, own)
+        every = torch.stack(parts)
+        counts, means, variances = every[:, :1], *every[:, 1:].chunk(2, dim=1)
+        total = counts.sum()
+        mean = (means * counts).sum(0) / total
+        # Between the processes' means, and within their parts (Chan, Golub and LeVeque, 1979).
+        variance = ((variances + (means - mean).square()) * counts).sum(0) / total
+        scale = (variance + eps).rsqrt()
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        normalised = (x.to(wide) - mean.view(shape)) * scale.view(shape)
+        output = normalised if weight is None else normalised * weight.to(wide).view(shape)
+        output = output if bias is None else output + bias.to(wide).view(shape)
+        ctx.save_for_backward(x, weight, mean, scale, total)
+        ctx.axes, ctx.shape, ctx.wide, ctx.with_bias = axes, shape, wide, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(mean, variance, total)
+        return output.to(x.dtype), mean, variance, total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        """Gradients: of the inputs by way of all processes' statistics, of weight and bias this process's share."""
+        x, weight, mean, scale, total = ctx.saved_tensors
+        gradient = gradient.to(ctx.wide)
+        normalised = (x.to(ctx.wide) - mean.view(ctx.shape)) * scale.view(ctx.shape)
+        by_bias, by_weight = gradient.sum(ctx.axes), (gradient * normalised).sum(ctx.axes)
+        sums = torch.cat([by_bias, by_weight])
+        with talking():
+            dist.all_reduce(sums)
+        every_bias, every_weight = (part.view(ctx.shape) / total for part in sums.chunk(2))
+        factor = scale if weight is None else scale * weight.to(ctx.wide)
+        to_x = factor.view(ctx.shape) * (gradient - every_bias - normalised * every_weight)
+        return (
+            to_x.to(x.dtype),
+            None if weight is None else by_weight.to(weight.dtype),
+            None if ctx.with_bias is None else by_bias.to(ctx.with_bias),
+            None,
+            None,
+        )
+
+
+__all__ = ["SHARD", "SYNC", "Rows", "Shard", "Share", "Sum", "Sync", "splits", "without_ddp"]

@@ -1,0 +1,161 @@
+"""Data gone over epoch by epoch, with random numbers of its own, so that a run can go on within an epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnsurgery._data import is_pair
+from bnsurgery._random import Source, Stream, set_source_state, source_state, sources_of
+from bnsurgery._sharing import Share
+from bnsurgery.errors import CheckpointError
+
+SAMPLED = 1 << 16
+"""So many values of a batch, at most about twice, tell it from others."""
+END = object()
+"""Comes after the last batch of an epoch."""
+
+
+class Data:
+    """Where a run is in its data.
+
+    What a loader, its sampler and its transforms draw from the global generators comes from a stream apart: the same
+    batches come again when an epoch is gone over again, whatever the steps in between drew.
+
+    Attributes:
+        length: batches of an epoch, where the data says so.
+        position: batches drawn in this epoch.
+    """
+
+    def __init__(self, data: Iterable[Any], *, watched: bool, share: Share) -> None:
+        """The stream begins as the global generators are now. ``watched``: the run can be gone on with."""
+        self._data, self._watched, self._share = data, watched, share
+        self.stream = Stream()
+        self.length = _length(data)
+        self.position = 0
+        self._digest = ""
+        self._iterator: Iterator[Any] = iter(())
+        self._sources: list[Source] = []
+        self._start: dict[str, Any] | None = None
+        self._checked = False
+
+    @property
+    def under_way(self) -> bool:
+        """Whether an epoch has begun and not ended."""
+        return self._start is not None
+
+    def begin(self, epoch: int) -> None:
+        """Begins an epoch."""
+        for part in (self._data, *(getattr(self._data, name, None) for name in ("sampler", "batch_sampler"))):
+            if callable(told := getattr(part, "set_epoch", None)):
+                told(epoch)
+        self._sources = sources_of(self._data) if self._watched else []
+        self._start = self._now() if self._watched else {}
+        self.position, self._digest = 0, ""
+        with self.stream.flowing():
+            self._iterator = iter(self._data)
+
+    def check_processes(self, batch: object) -> None:
+        """Raises :class:`ValueError` where several processes were given what does not go together."""
+        ranks = self._share.ranks
+        if ranks.alone or self._checked:
+            return
+        self._checked = True
+        said = ranks.gather((self.length, _signature(batch) if self._share.split else ""))
+        if len({length for length, _ in said}) > 1:
+            numbers = ", ".join(str(length) for length, _ in said)
+            raise ValueError(f"the processes must be given equally many batches, got {numbers}: see DistributedSampler")
+        if len({signature for _, signature in said}) > 1:
+            raise ValueError(
+                "the processes were given different batches, of which each was to take its rows: give all of them the "
+                'same data in the same order (seed what you build it with), or say shard="none" where each has its own'
+            )
+
+    def draw(self) -> Any:
+        """The next batch, or ``END``."""
+        with self.stream.flowing():
+            batch = next(self._iterator, END)
+        if batch is not END:
+            self.position += 1
+            if self._watched:
+                self._digest = hashlib.sha256(f"{self._digest}{_signature(batch)}".encode()).hexdigest()[:32]
+        return batch
+
+    def end(self) -> None:
+        """Ends an epoch."""
+        self._iterator, self._start = iter(()), None
+
+    def state(self) -> dict[str, Any]:
+        """Where it is, for :meth:`restore`."""
+        if not self.under_way:
+            self._sources = sources_of(self._data) if self._watched else []
+        return {"now": self._now(), "start": self._start, "position": self.position, "digest": self._digest}
+
+    def restore(self, state: dict[str, Any], epoch: int, *, same: bool) -> None:
+        """Goes back to where it was; within an epoch, the batches that are behind it are drawn again.
+
+        Raises:
+            CheckpointError: these are not the batches of before (``same=True``), or there are fewer.
+        """
+        self._sources = sources_of(self._data)
+        if state["start"] is None:
+            self._set(state["now"])
+            return
+        self._set(state["start"])
+        self.begin(epoch)
+        while self.position < state["position"] and self.draw() is not END:
+            pass
+        if same and (self.position, self._digest) != (state["position"], state["digest"]):
+            what = "others" if self.position == state["position"] else f"{self.position} alone"
+            raise CheckpointError(
+                f"the checkpoint was made after {state['position']} batches of epoch {epoch}, and the data gives "
+                f'{what} now: give the same data in the same order, or say data_order="any" to go on with what comes'
+            )
+        self._set(state["now"])
+
+    def _now(self) -> dict[str, Any]:
+        return {"stream": self.stream.state, "own": [source_state(source) for source in self._sources]}
+
+    def _set(self, now: dict[str, Any]) -> None:
+        if len(now["own"]) != len(self._sources):
+            raise CheckpointError(
+                f"the checkpoint was made with data that holds {len(now['own'])} random generators, and this data "
+                f"holds {len(self._sources)}: give the same data"
+            )
+        self.stream.state = now["stream"]
+        for source, state in zip(self._sources, now["own"], strict=True):
+            set_source_state(source, state)
+
+
+def described(data: object) -> dict[str, int | None]:
+    """What data says of itself: what sets it apart from other data, in a checkpoint."""
+    size = getattr(data, "batch_size", None)
+    return {
+        "batches": _length(data),
+        "batch_size": size if isinstance(size, int) else None,
+        "examples": _length(getattr(data, "dataset", None)),
+    }
+
+
+def _signature(batch: object) -> str:
+    """Shapes, labels and a sample of the inputs of a batch; of what is no batch, its type."""
+    if not is_pair(batch):
+        return type(batch).__name__
+    return ", ".join(f"{part.dtype} {tuple(part.shape)} {_hash(part)}" for part in batch)
+
+
+def _hash(tensor: Tensor) -> str:
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
+    return hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _length(data: object) -> int | None:
+    try:
+        return len(data)  # type: ignore[arg-type]  # asked, not assumed
+    except TypeError:
+        return None

@@ -1,0 +1,349 @@
+"""One training step: whole, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnsurgery._branches import routed
+from bnsurgery._crafting import AttackStep
+from bnsurgery._data import check_labels, given
+from bnsurgery._frozen import nothing_kept
+from bnsurgery._layouts import channels_last, runs_channels_last
+from bnsurgery._modes import Buffers, global_state
+from bnsurgery._nonfinite import first_nonfinite, is_finite
+from bnsurgery._records import StepRecord, Undone
+from bnsurgery._routing import Rows as Runs
+from bnsurgery._sharing import Rows, Share, Sum, without_ddp
+from bnsurgery._undo import Undo
+from bnsurgery.attacks import Loss, Part
+from bnsurgery.errors import NonFiniteError
+from bnsurgery.layers import device_of, named_parameters, unwrap
+
+OnNonFinite = Literal["skip", "raise"]
+
+
+class _OneValue(Exception):  # noqa: N818 - not an error: it ends a forward pass
+    """A BN layer in training mode was given one value per channel."""
+
+
+class _NotFinite(Exception):  # noqa: N818 - not an error to the caller, unless it is asked to be
+    """A number is NaN or infinite; the message says which."""
+
+
+@dataclass(frozen=True)
+class At:
+    """Where in a run a step is.
+
+    Attributes:
+        epoch: from 0.
+        step: from 0, over all epochs.
+        factor: on the learning rates.
+        consistent: BN normalises as in evaluation.
+    """
+
+    epoch: int
+    step: int
+    factor: float
+    consistent: bool
+
+
+class Step:
+    """Takes steps. ``model`` is called for the training pass (it may be wrapped), its inside is attacked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        make: AttackStep | None,
+        clean_fraction: float,
+        loss: Loss,
+        images_channels_last: bool,
+        lean: bool,
+        autocast: torch.dtype | None,
+        compile: bool,  # noqa: A002 - the public name
+        branches: tuple[str, str] | None,
+        on_nonfinite: OnNonFinite,
+        share: Share,
+    ) -> None:
+        self.model, self.root, self._optimizer = without_ddp(model), unwrap(model), optimizer
+        self._run = torch.compile(self.model) if compile else self.model
+        self.share = share
+        self._images_channels_last, self._lean = images_channels_last, lean and not compile
+        self._autocast = autocast
+        self._layouts: dict[torch.Size, bool] = {}
+        self.make, self._clean_fraction, self._loss = make, clean_fraction, loss
+        self._branches, self._on_nonfinite = branches, on_nonfinite
+        self.device = device_of(model)
+        self._rates = [group["lr"] for group in optimizer.param_groups] if optimizer else []
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+        self._undo = Undo(optimizer) if optimizer is not None else None
+        self._looked = False
+        # A buffer may hold infinity on purpose, a mask say.
+        self._buffers = [
+            (module, name)
+            for module in self.root.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and is_finite([buffer])
+        ]
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Puts the learning rates back on leaving the block."""
+        try:
+            yield
+        finally:
+            for group, rate in zip(self._optimizer.param_groups if self._optimizer else (), self._rates, strict=True):
+                group["lr"] = rate
+
+    @property
+    def lr(self) -> float:
+        """The learning rate now; 0 where nothing but statistics move."""
+        return float(self._optimizer.param_groups[0]["lr"]) if self._optimizer else 0.0
+
+    def take(self, x: Tensor, y: Tensor, at: At, asked: Callable[[], dict[str, bool]]) -> StepRecord | Undone:
+        """A whole step, or none: what an exception or a number that is not finite interrupts is undone.
+
+        ``asked`` is what this process asks of all, called when they are told.
+
+        Raises:
+            NonFiniteError: a number is not finite, and that is to be an error.
+        """
+        before, random = Buffers(self.root), torch.get_rng_state()
+        clean = round(self._clean_fraction * len(x))
+        rows = self.share.rows(x, y, clean, parted=self._branches is not None)
+        made, whole = None, False
+        try:
+            trouble: _OneValue | _NotFinite | None = None
+            loss, wrong, weight = 0.0, 0.0, None
+            try:
+                if not is_finite([rows.x]):
+                    raise _NotFinite("what the data gives as inputs")
+                made = self._made(rows)
+                weight = self.share.weight(rows, self.device)
+                loss, wrong = self._passed(made, rows, at, before, weight)
+            except (_OneValue, _NotFinite) as error:
+                trouble = error
+            examples = len(x)
+            if not self.share.ranks.alone:
+                total = self._together(rows, loss, wrong, trouble, asked(), weighted=weight is not None)
+                loss, wrong, examples = total.loss, total.wrong, total.examples
+                trouble = trouble or _elsewhere(total.troubles)
+            if trouble is not None:
+                raise trouble
+            self._update(at.factor)
+            whole = True
+        except _OneValue as error:
+            return Undone("left out", str(error))
+        except _NotFinite as error:
+            before.restore()
+            self._clear()
+            where = str(error) if made is None else self._where(made, rows.clean, at, random, otherwise=str(error))
+            if self._on_nonfinite == "raise":
+                message = f"step {at.step}: {where} is not finite; the model is as after the last whole step"
+                raise NonFiniteError(message) from None
+            return Undone("skipped", f"{where} is not finite")
+        finally:
+            if not whole:
+                before.restore()
+            self._clear()
+        return StepRecord(at.epoch, at.step, loss, 100 * wrong, self.lr, examples)
+
+    def _clear(self) -> None:
+        torch.clear_autocast_cache()  # the caller's own autocast would go on with the weights of the first step
+        if self._optimizer is not None:
+            self._optimizer.zero_grad(set_to_none=True)
+
+    def _made(self, rows: Rows) -> Tensor:
+        """The batch to train on, its first part clean, the rest adversarial, in the layout of the step."""
+        x, clean = rows.x, rows.clean
+        last = self._takes_channels_last(x)
+        watched = self._watched(len(x), clean) and self.make is not None and self.make.live
+        if self.make is not None and clean < len(x):
+            of = None if rows.every == 1 else Part(slice(rows.first, None, rows.every), rows.whole)
+            with self._one_value_ends(watched), self._through(0, len(x)):
+                x = torch.cat([x[:clean], self.make(x[clean:], rows.y[clean:], of)])
+        if self._images_channels_last and x.dim() == 4:
+            x = channels_last(x) if last else x.contiguous()
+        return x
+
+    def _passed(self, x: Tensor, rows: Rows, at: At, before: Buffers, weight: float | None) -> tuple[float, float]:
+        """Forward and backward: the mean loss, and the share of examples misclassified."""
+        clean = rows.clean if self.make is not None else len(x)
+        # Until the backward pass is done: activation checkpointing runs parts of the model once more in it.
+        lean = nothing_kept(self.model) if self._lean else nullcontext()
+        with lean, self._through(clean, len(x)), self.share.normalising(rows):
+            with self._one_value_ends(self._watched(len(x), rows.clean)):
+                self._set_modes(at.consistent)
+                with torch.set_grad_enabled(self._optimizer is not None):
+                    logits = self._logits(x, before)
+                    check_labels(rows.y, logits)
+                    if self._autocast is not None:
+                        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    loss = self._loss(logits, rows.y).mean()
+            if self._optimizer is not None:
+                (loss if weight is None else loss * weight).backward()  # type: ignore[no-untyped-call]
+        self._check(loss)
+        wrong = (logits.detach().argmax(1) != rows.y).double().mean()
+        return float(loss.detach()), float(wrong)
+
+    def _together(
+        self,
+        rows: Rows,
+        loss: float,
+        wrong: float,
+        trouble: Exception | None,
+        asked: dict[str, bool],
+        *,
+        weighted: bool,
+    ) -> Sum:
+        """Gradients and statistics become those of all processes."""
+        return self.share.add_up(
+            self._parameters,
+            rows=rows,
+            weighted=weighted,
+            loss=loss,
+            wrong=wrong,
+            trouble=None if trouble is None else "left out" if isinstance(trouble, _OneValue) else "skipped",
+            asked=asked,
+            device=self.device,
+        )
+
+    def _check(self, loss: Tensor | None = None) -> None:
+        """Raises where the loss, a buffer or a gradient is not finite: one answer from the device."""
+        numbers = [buffer for module, name in self._buffers if (buffer := module._buffers[name]) is not None]
+        numbers += [] if loss is None else [loss]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if not is_finite([*numbers, *gradients]):
+            gradient = self._name_of_last(lambda parameter: parameter.grad) if is_finite(numbers) else None
+            raise _NotFinite("the loss" if gradient is None else f"the gradient of {gradient}")
+
+    def _update(self, factor: float) -> None:
+        """The optimizer's step, taken back where it ends in an exception or in what is not finite."""
+        if self._optimizer is None or self._undo is None:
+            return
+        if not self.share.ranks.alone:
+            self._check()  # of all processes: a sum of what was finite may not be
+        self._undo.note()
+        whole = False
+        try:
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * factor
+            self._optimizer.step()
+            if not is_finite(self._parameters):
+                raise _NotFinite(f"the optimizer's update of {self._name_of_last(lambda parameter: parameter)}")
+            whole = True
+        finally:
+            if not whole:
+                self._undo.restore()
+
+    def _name_of_last(self, value: Callable[[nn.Parameter], Tensor | None]) -> str | None:
+        """The last parameter, which is the first that a backward pass comes to, of which a value is not finite."""
+        names = [
+            name
+            for name, parameter in named_parameters(self.root).items()
+            if (tensor := value(parameter)) is not None and not is_finite([tensor])
+        ]
+        return repr(names[-1]) if names else None
+
+    def _where(self, x: Tensor, clean: int, at: At, random: Tensor, *, otherwise: str) -> str:
+        """Where in a pass numbers went wrong, in words; looked for once a run, as it takes a pass of its own."""
+        if not is_finite([x]):
+            return "what the attack gives"
+        if self._looked or not self._takes_passes_of_its_own:
+            return otherwise
+        self._looked = self._on_nonfinite == "skip"
+        before = Buffers(self.root)
+        autocast = self._mixed_precision(x)
+        found = None
+        try:
+            with global_state(self.device), self._through(clean if self.make is not None else len(x), len(x)), autocast:
+                torch.set_rng_state(random)
+                self._set_modes(at.consistent)
+                with suppress(Exception):  # it has run before; what it says now is not what matters
+                    found = first_nonfinite(self.root, lambda: self.root(x))
+        finally:
+            before.restore()
+        return found or otherwise
+
+    @property
+    def _takes_passes_of_its_own(self) -> bool:
+        """Whether the model can be run when other processes do not: SyncBatchNorm waits for them."""
+        return not any(isinstance(module, nn.SyncBatchNorm) for module in self.root.modules())
+
+    def _watched(self, count: int, clean: int) -> bool:
+        """Whether a BN layer may be given one value per channel."""
+        return 1 in (count, count - clean) or (self._branches is not None and clean == 1)
+
+    def _through(self, clean: int, count: int) -> AbstractContextManager[None]:
+        """Sends the first ``clean`` of so many examples through the clean branch, the rest through the adversarial."""
+        if self._branches is None:
+            return nullcontext()
+        runs = [(name, size) for name, size in zip(self._branches, (clean, count - clean), strict=True) if size]
+        return routed(self.root, runs[0][0] if len(runs) == 1 else Runs(runs))
+
+    def _set_modes(self, consistent: bool) -> None:
+        """Training mode; towards the end of the run BN may stay as in evaluation."""
+        self.model.train()
+        if consistent:
+            for module in self.root.modules():
+                if isinstance(module, _BatchNorm):
+                    module.training = False
+
+    def _mixed_precision(self, x: Tensor) -> AbstractContextManager[object]:
+        return torch.autocast(x.device.type, self._autocast) if self._autocast is not None else nullcontext()
+
+    def _logits(self, x: Tensor, before: Buffers) -> Tensor:
+        """The model's own in training mode; with images in the usual layout where a hook takes no other."""
+        with self._mixed_precision(x):
+            try:
+                logits: Tensor = self._run(x)
+            except RuntimeError as error:
+                if not self._layouts.get(x.shape[1:]) or "view size is not compatible" not in str(error):
+                    raise
+                self._layouts[x.shape[1:]] = False
+                before.restore()
+                logits = self._run(x.contiguous())
+        return logits
+
+    def _takes_channels_last(self, x: Tensor) -> bool:
+        """Whether the step is to be made in the memory format that is fastest for images."""
+        if not self._images_channels_last or x.dim() != 4:
+            return False
+        if x.shape[1:] not in self._layouts:
+            if len(x) < 2:  # one example may not do in training mode, which says nothing of larger batches
+                return False
+            # In training mode SyncBatchNorm waits for the other processes, which need not be trying this out.
+            modes = (False, True) if self._takes_passes_of_its_own else (False,)
+            self._layouts[x.shape[1:]] = runs_channels_last(self.root, x[:2], modes=modes, hooks=False)
+        return self._layouts[x.shape[1:]]
+
+    @contextmanager
+    def _one_value_ends(self, watch: bool) -> Iterator[None]:
+        """Watches, where a batch is of one, for BN layers that would have to take the variance of one value."""
+
+        def look(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            x = given(inputs, named)
+            if layer.training and x.numel() == x.shape[1]:
+                raise _OneValue(f"a BN layer was given one value per channel, {tuple(x.shape)}")
+
+        with ExitStack() as stack:
+            if watch:
+                for module in self.root.modules():
+                    if isinstance(module, _BatchNorm):
+                        stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
+            yield
+
+
+def _elsewhere(troubles: dict[str, int]) -> _OneValue | _NotFinite | None:
+    """What other processes have said is in the way."""
+    if troubles["skipped"]:
+        return _NotFinite("a number in another process")
+    return _OneValue("a BN layer of another process was given one value per channel") if troubles["left out"] else None
