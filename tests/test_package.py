@@ -25,6 +25,7 @@ ORDER = [
     "_random",
     "_signals",
     "_ranks",
+    "processes",
     "_states",
     "layers",
     "_modes",

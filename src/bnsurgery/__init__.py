@@ -30,6 +30,7 @@ from bnsurgery.freezing import Freeze, freeze_except_bn
 from bnsurgery.fusion import FusionPlan, fuse_bn, plan_fusion
 from bnsurgery.layers import bn_layers
 from bnsurgery.patches import bn_state, load_bn_patch, load_bn_state, save_bn_patch, swap_bn
+from bnsurgery.processes import Processes, processes
 from bnsurgery.replacement import Replaced, Replacement, replace_bn
 from bnsurgery.stats import Recalibration, recalibrate_bn, reset_bn_stats
 from bnsurgery.surgery import keep_branch, split_bn, use_branch
@@ -56,6 +57,7 @@ __all__ = [
     "NoBatchNormError",
     "NonFiniteError",
     "PatchError",
+    "Processes",
     "Recalibration",
     "Replaced",
     "Replacement",
@@ -72,6 +74,7 @@ __all__ = [
     "load_bn_patch",
     "load_bn_state",
     "plan_fusion",
+    "processes",
     "recalibrate_bn",
     "replace_bn",
     "reset_bn_stats",

@@ -17,12 +17,12 @@ from bnsurgery.attacks import PGD, Part, attacking, cross_entropy, start_of
 class AttackStep:
     """Inputs (N, ...) and labels (N,) to adversarial examples of the live model as it is now.
 
-    ``strength``, in (0, 1], is the factor on eps and step size of a PGD.
+    ``strength``, in (0, 1], is the factor on eps and step size of a PGD; random starts come from ``generator``.
     """
 
     def __init__(self, attack: Any, model: nn.Module, generator: torch.Generator, replicas: Replicas | None) -> None:
         """Attacks copies of the model where there are ``replicas`` and the attack can, else the model."""
-        self._attack, self._model, self._generator = attack, model, generator
+        self._attack, self._model, self.generator = attack, model, generator
         self._replicas = replicas if can_attack_a_copy(attack, model) else None
         self.strength = 1.0
 
@@ -53,10 +53,10 @@ class AttackStep:
         replica = None if self._replicas is None or not len(x) else self._replicas.fresh(x)
         start = None
         if of is not None and len(x) and isinstance(self._attack, PGD):
-            start = start_of(self._attack, x, of, self._generator)
+            start = start_of(self._attack, x, of, self.generator)
         if replica is None:
-            return craft(self._attack, self._model, x, y, generator=self._generator, start=start)
+            return craft(self._attack, self._model, x, y, generator=self.generator, start=start)
         # A loss of the user's own may call the live model, for its clean logits say.
         calls = isinstance(self._attack, PGD) and self._attack.loss is not cross_entropy
         with attacking(self._model) if calls else nullcontext():
-            return craft_on_copy(replica, self._attack, x, y, generator=self._generator, start=start)
+            return craft_on_copy(replica, self._attack, x, y, generator=self.generator, start=start)

@@ -124,7 +124,8 @@ class Rounds:
             )
         with self._signals.held():
             error, tried = percent(~self._run.robust), len(under.left)
-            self.rows.append(AttackRow(name, tried, under.broken, under.rejected, error, time.perf_counter() - began))
+            seconds = self._ranks.of_first(time.perf_counter() - began)
+            self.rows.append(AttackRow(name, tried, under.broken, under.rejected, error, seconds))
             self._under = None
             self._save()
         self._signals.deliver()

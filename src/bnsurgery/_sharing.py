@@ -128,15 +128,18 @@ class Share:
 
     def normalising(self, rows: Rows) -> AbstractContextManager[Any]:
         """While a batch passes, BN layers in training normalise by that of all processes (``sync="batch"``)."""
-        return nullcontext() if self.sync != "batch" or rows.alone else _AllRanks(self.ranks.world)
+        return _AllRanks(self.ranks.world) if self._synchronised(rows) else nullcontext()
 
     def weight(self, rows: Rows, device: torch.device) -> float | None:
         """What a process's mean loss is multiplied by before its backward pass; None: nothing."""
-        if self.sync != "batch" or rows.alone:
+        if not self._synchronised(rows):
             return None
         count = torch.tensor([float(len(rows.x))], device=device)
         self.ranks.add_up(count)
         return len(rows.x) / float(count)
+
+    def _synchronised(self, rows: Rows) -> bool:
+        return self.sync == "batch" and not self.ranks.alone and not rows.alone
 
     def add_up(
         self,

@@ -117,6 +117,7 @@ class Step:
             NonFiniteError: a number is not finite, and that is to be an error.
         """
         before, random = Buffers(self.root), torch.get_rng_state()
+        starts = None if self.make is None else self.make.generator.get_state()
         clean = round(self._clean_fraction * len(x))
         rows = self.share.rows(x, y, clean, parted=self._branches is not None)
         made, whole = None, False
@@ -153,6 +154,8 @@ class Step:
         finally:
             if not whole:
                 before.restore()
+                if self.make is not None and starts is not None:  # which not all processes may have drawn from
+                    self.make.generator.set_state(starts)
             self._clear()
         return StepRecord(at.epoch, at.step, loss, 100 * wrong, self.lr, examples)
 

@@ -303,7 +303,7 @@ def adv_finetune(
             "schedule": schedule if isinstance(schedule, str) else "function",
             "seed": seed,
             "step": str(autocast),
-            "sync": sync if not ranks.alone and sync != "buffers" else "buffers",
+            "sync": sync,
             "train": train,
             "trainable": [[name, *parameters[name].shape] for name in trainable],
             **layout_of(root),

@@ -1,0 +1,273 @@
+"""Several processes that work on one run: the same as one where mathematics says so, and never for ever."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import together
+from bnsurgery import BNSurgeryError, processes
+
+TESTS = Path(__file__).parent
+SCRIPT = str(TESTS / "together.py")
+
+
+def start(job: str, world: int, out: str, folder: Path) -> list[subprocess.Popen[str]]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world), "PYTHONPATH": str(TESTS)}
+    return [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, job, out, str(folder)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+
+
+def finished(job: str, world: int, folder: Path) -> list[Any]:
+    """What each of so many processes has come to."""
+    out = str(folder / f"{job}{world}")
+    started = start(job, world, out, folder)
+    said = [process.communicate(timeout=240)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * world, "\n".join(said)
+    return [torch.load(f"{out}.{rank}", weights_only=True) for rank in range(world)]
+
+
+@cache
+def results(job: str, world: int) -> list[Any]:
+    return finished(job, world, Path(mkdtemp()))
+
+
+def close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, other[name], rtol=tolerance, atol=tolerance), name
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def alike(one: Any, other: Any, tolerance: float) -> None:
+    """Two records, their floating point numbers to a tolerance."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            alike(one[key], other[key], tolerance)
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            alike(a, b, tolerance)
+    else:
+        assert one == (pytest.approx(other, rel=tolerance, abs=tolerance) if isinstance(one, float) else other)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_with_batch_statistics_of_all_they_end_as_one_process_does(world: int) -> None:
+    alone, *_ = results("whole", 1)
+    together_ = results("whole", world)
+    assert len(alone) == 14
+    for case, expected in alone.items():
+        tolerance = 1e-5 if case == "float32" else 1e-9
+        for found in together_:
+            close(found[case]["state"], expected["state"], tolerance)
+            alike(found[case]["record"], expected["record"], tolerance)
+            assert equal(found[case]["state"], together_[0][case]["state"]), case
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_each_does_by_itself_is_the_same_in_all(world: int) -> None:
+    found = results("shares", world)
+    for case in ("buffers", "sampler", "own", "wrapped", "other weights"):
+        assert all(equal(found[0][case]["state"], other[case]["state"]) for other in found), case
+        assert all(found[0][case]["record"] == other[case]["record"] for other in found), case
+    # Running statistics of its own in each, and one set of parameters.
+    for name in found[0]["none"]["state"]:
+        same = torch.equal(found[0]["none"]["state"][name], found[1]["none"]["state"][name])
+        assert same == ("running" not in name), name
+    assert found[0]["masks"] != found[1]["masks"]  # each draws its own dropout
+    assert equal(found[0]["recalibrated"], found[-1]["recalibrated"])
+
+
+def test_statistics_that_are_averaged_are_those_of_the_shares() -> None:
+    """By hand: the mean of all examples, and the mean of the shares' unbiased variances."""
+    model = together.network("dense")
+    x, _ = together.batches()[0]
+    z = model[1](x.flatten(1)).detach()
+    expected = model[2].running_mean * 0.9 + 0.1 * z.mean(0)
+    variance = model[2].running_var * 0.9 + 0.1 * torch.stack([z[0::2].var(0), z[1::2].var(0)]).mean(0)
+    folder = Path(mkdtemp())
+    found = finished("one_batch", 2, folder)
+    assert torch.allclose(found[0]["state"]["2.running_mean"], expected, rtol=1e-12)
+    assert torch.allclose(found[0]["state"]["2.running_var"], variance, rtol=1e-12)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_each_was_given_adds_up_to_one_batch(world: int) -> None:
+    for case in ("own", "wrapped"):
+        model = together.network()
+        data = together.SMALL.example(8 * world, together.DTYPE), together.SMALL.labels(8 * world)
+        expected = together.tuned(model, data=[data], epochs=1, attack=None, train="bn-params", schedule="step")
+        close(results("shares", world)[0][case]["state"], expected["state"], 1e-9)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_statistics_are_merged_exactly(world: int) -> None:
+    model = together.network()
+    together.recalibrate_bn(model, [x for x, _ in together.batches()[:3]])
+    first = next(iter(together.bn_layers(model)))
+    # What the first layer sees does not hang on how the batches were shared.
+    found = results("shares", world)[0]["recalibrated"][first]
+    assert torch.allclose(found, together.bn_layers(model)[first].running_var, rtol=1e-12)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_an_evaluation_is_that_of_one_process(world: int) -> None:
+    (alone,) = results("evaluated", 1)
+    for found in results("evaluated", world):
+        assert found["rows"] == alone["rows"]
+        for name in ("robust", "correct", "adversarial"):
+            assert torch.equal(found[name], alone[name]), name
+    assert 0 < int(alone["robust"].sum()) < int(alone["correct"].sum())
+
+
+def test_what_does_not_go_together_is_refused_by_all() -> None:
+    for said in results("differing", 2):
+        assert re.search(r"given different batches, of which each was to take its rows.*shard=\"none\"", said["data"])
+        assert re.search(r"must be given equally many batches, got 4, 3: see DistributedSampler", said["lengths"])
+        assert re.search(r"given different data: evaluate shares the work", said["evaluate data"])
+        assert re.search(r"given different model: evaluate shares the work", said["evaluate model"])
+
+
+def test_a_number_that_goes_wrong_in_one_is_skipped_by_all() -> None:
+    first, second = results("troubled", 2)
+    for found in (first, second):
+        assert found["skipped"]["record"]["history"][0]["skipped"] == 1
+        assert equal(found["skipped"]["state"], found["without"]["state"])
+        assert found["left out"]["record"]["history"][0]["left_out"] == 1
+        assert equal(found["left out"]["state"], found["left out without"]["state"])
+    assert "a number in another process is not finite" in first["said"][0]
+    assert "what the data gives as inputs is not finite" in second["said"][0]
+    assert "a BN layer of another process was given one value per channel" in first["left out said"][0]
+    assert "a BN layer was given one value per channel" in second["left out said"][0]
+
+
+# When a process is lost.
+
+
+def test_a_lost_process_ends_the_others_soon_and_starting_all_again_goes_on(tmp_path: Path) -> None:
+    began = time.monotonic()
+    lost = start("dying", 2, str(tmp_path / "out"), tmp_path)
+    said = [process.communicate(timeout=120)[1] for process in lost]
+    assert time.monotonic() - began < 60
+    assert lost[1].returncode == 9
+    assert lost[0].returncode not in (0, 9)
+    assert "LostProcessError: another process of this run is gone, or has not answered in time" in said[0]
+    assert "torchrun --max-restarts" in said[0]
+    again, expected = finished("dying", 2, tmp_path), finished("uninterrupted", 2, tmp_path)
+    for found, whole in zip(again, expected, strict=True):
+        assert equal(found["state"], whole["state"])
+        assert found["record"] == whole["record"]
+
+
+def test_a_process_that_does_not_answer_is_taken_for_lost(tmp_path: Path) -> None:
+    first, second = start("hanging", 2, str(tmp_path / "out"), tmp_path)
+    said = first.communicate(timeout=55)[1]
+    second.kill()
+    second.communicate()
+    assert first.returncode != 0
+    assert "LostProcessError" in said
+
+
+def test_where_one_is_told_to_end_all_save_and_end(tmp_path: Path) -> None:
+    first, second = start("told", 2, str(tmp_path / "out"), tmp_path)
+    said = [process.communicate(timeout=120)[1] for process in (first, second)]
+    assert second.returncode == -15
+    assert first.returncode == 1
+    assert "another process of this run has been told to end; the checkpoint is written" in said[0]
+    assert finished("told", 2, tmp_path)[0]["record"]["steps"] == 8
+
+
+def test_torchrun_starts_a_run_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    done = subprocess.run(
+        [*command, "--master-port", str(port), SCRIPT, "dying", str(tmp_path / "out"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = finished("uninterrupted", 2, tmp_path)
+    found_ = torch.load(tmp_path / "out.0", weights_only=True)
+    assert equal(found_["state"], expected[0]["state"])
+
+
+def test_another_number_of_processes_goes_on_where_mathematics_allows(tmp_path: Path) -> None:
+    alone = finished("another_number", 1, tmp_path)[0]
+    assert alone["said"] == []
+    (tmp_path / "n").write_bytes((tmp_path / "n.previous").read_bytes())  # of before the last step
+    for found in finished("another_number", 2, tmp_path):
+        close(found["state"], alone["state"], 1e-9)
+    assert "is of 1 processes, and these are 2: the run goes on, and may not end with the same bits" in str(
+        finished_said(tmp_path)
+    )
+
+
+def finished_said(folder: Path) -> list[str]:
+    said: list[str] = torch.load(folder / "another_number2.0", weights_only=True)["said"]
+    return said
+
+
+# The context.
+
+
+def test_alone_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with processes(device="cpu") as own:
+        assert (own.world, own.rank, own.first, own.device) == (1, 0, True, torch.device("cpu"))
+        assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_group_that_is_there_is_used_and_stays() -> None:
+    with processes(device="cpu") as own:
+        assert (own.world, own.rank) == (1, 0)
+    assert torch.distributed.is_initialized()
+
+
+def test_an_environment_that_lacks_something_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(BNSurgeryError, match="WORLD_SIZE is 2, and RANK, MASTER_PORT not set: start the script with"):
+        processes().__enter__()
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_a_timeout_is_above_zero(timeout: float) -> None:
+    with pytest.raises(ValueError, match=f"timeout must be above 0, got {timeout}"):
+        processes(timeout=timeout).__enter__()

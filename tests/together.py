@@ -1,0 +1,261 @@
+"""One of several processes of test_processes: works on a run with the others, and writes what came of it.
+
+Started by torchrun's environment: ``python together.py JOB OUT [FOLDER]``; each process writes ``OUT.RANK``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from bnsurgery import PGD, Processes, adv_finetune, bn_layers, evaluate, processes, recalibrate_bn, split_bn
+from networks import SHARED, SMALL
+
+DTYPE = torch.float64
+ATTACK = PGD(8 / 255, 2, 4 / 255)
+BATCHES = (12, 9, 16, 5)
+"""Of sizes that two and four processes cannot always share evenly; the last is too small for four."""
+
+
+def batches(dtype: torch.dtype = DTYPE) -> list[tuple[Tensor, Tensor]]:
+    count = sum(BATCHES)
+    return list(zip(SMALL.example(count, dtype).split(BATCHES), SMALL.labels(count).split(BATCHES), strict=True))
+
+
+def network(kind: str = "small", dtype: torch.dtype = DTYPE) -> nn.Module:
+    if kind == "dense":  # BN over examples alone: one value per channel and example
+        torch.manual_seed(3)
+        layers = [nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10)]
+        return nn.Sequential(*layers).to(dtype)
+    return {"small": SMALL, "shared": SHARED}[kind].build(dtype)
+
+
+def tuned(model: nn.Module, **options: Any) -> dict[str, Any]:
+    chosen = {"epochs": 2, "attack": ATTACK, "schedule": "cosine", "progress": False, **options}
+    data = chosen.pop("data", None) or batches(next(model.parameters()).dtype)
+    run = adv_finetune(model, data, **chosen)
+    record = run.record()
+    for epoch in record["history"]:
+        epoch.pop("seconds")
+    return {"state": dict(model.state_dict()), "record": record}
+
+
+def once(marker: Path) -> bool:
+    """Whether this has not been asked before."""
+    if marker.exists():
+        return False
+    marker.touch()
+    return True
+
+
+def refusal(task: Callable[[], object]) -> str:
+    try:
+        task()
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
+JOBS: dict[str, Callable[[Processes, Path], Any]] = {}
+
+
+def job(function: Callable[[Processes, Path], Any]) -> Callable[[Processes, Path], Any]:
+    JOBS[function.__name__] = function
+    return function
+
+
+@job
+def whole(_: Processes, __: Path) -> Any:
+    """What is the same as in one process, by mathematics."""
+    found = {}
+    for train, kind in (
+        ("bn", "small"),
+        ("bn-params", "shared"),
+        ("bn-stats", "dense"),
+        ("all", "dense"),
+        ("all", "shared"),
+    ):
+        found[train, kind] = tuned(network(kind), train=train, sync="batch")
+    found["frozen statistics"] = tuned(network(), train="bn-params", sync="buffers")
+    found["clean"] = tuned(network(), train="all", sync="batch", attack=None)
+    found["mixed"] = tuned(network("dense"), train="all", sync="batch", clean_fraction=0.3)
+    found["branches"] = tuned(split_bn(network()), train="all", sync="batch", clean_fraction=0.5)
+    found["consistent"] = tuned(network(), train="all", sync="batch", consistent_bn_after=1)
+    found["L2"] = tuned(network(), sync="batch", attack=PGD(0.5, 2, 0.3, norm="l2", best=True))
+    found["normalised"] = tuned(
+        network(), sync="batch", attack=PGD(0.03, 2, 0.02, bounds=(0.0, 2.0), mean=[0.5] * 3, std=[0.5] * 3)
+    )
+    found["float32"] = tuned(network(dtype=torch.float32), train="all", sync="batch", precision="float32")
+    found["Adam"] = tuned(network(), sync="batch", optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-3))
+    return found
+
+
+@job
+def shares(own: Processes, _: Path) -> Any:
+    """What is another thing than in one process, and the same in all."""
+    found = {sync: tuned(network("dense"), train="bn", sync=sync) for sync in ("buffers", "none")}
+    data = TensorDataset(SMALL.example(40, DTYPE), SMALL.labels(40))
+    loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, seed=5))
+    found["sampler"] = tuned(network(), data=loader, epochs=1)
+    mine = (
+        SMALL.example(8 * own.world, DTYPE)[own.rank :: own.world],
+        SMALL.labels(8 * own.world)[own.rank :: own.world],
+    )
+    found["own"] = tuned(network(), data=[mine], epochs=1, shard="none", attack=None, train="bn-params")
+    wrapped = nn.parallel.DistributedDataParallel(network())
+    run = adv_finetune(wrapped, [mine], epochs=1, train="bn-params", attack=None, progress=False)
+    found["wrapped"] = {"state": dict(wrapped.module.state_dict()), "record": run.steps}
+    torch.manual_seed(own.rank)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.BatchNorm1d(10))
+    found["other weights"] = tuned(model, data=batches(torch.float32))
+    statistics = network()
+    recalibrate_bn(statistics, [x[own.rank :: own.world] for x, _ in batches()[:3]])
+    found["recalibrated"] = {name: layer.running_var for name, layer in bn_layers(statistics).items()}
+    dropping = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 10), nn.BatchNorm1d(10)).to(DTYPE)
+    masks = []
+    dropping[1].register_forward_hook(lambda _, __, out: masks.append((out != 0).sum().item()))
+    tuned(dropping, attack=None, epochs=1)
+    found["masks"] = masks
+    return found
+
+
+@job
+def one_batch(_: Processes, __: Path) -> Any:
+    return tuned(network("dense"), data=batches()[:1], epochs=1, attack=None, train="bn-stats")
+
+
+@job
+def evaluated(own: Processes, folder: Path) -> Any:
+    x, model = SMALL.example(30), SMALL.build().eval()
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    y[::7] = (y[::7] + 1) % 10
+    attacks = ["pgd-2", "apgd-ce", lambda model, x, y: (x + 0.15 * torch.randn_like(x).sign()).clamp(0, 1), "pgd-1"]
+    options = {"eps": 0.15, "batch_size": 4, "progress": False}
+    result = evaluate(model, (x, y), attacks=attacks, keep_adversarial=True, checkpoint=folder / "e", **options)
+    again = evaluate(model, (x, y), attacks=attacks, keep_adversarial=True, checkpoint=folder / "e", **options)
+    rows = [{**row, "seconds": 0} for row in result.record()["rows"]]
+    assert again.rows == result.rows
+    return {"rows": rows, "robust": result.robust, "correct": result.correct, "adversarial": result.adversarial}
+
+
+@job
+def differing(own: Processes, _: Path) -> Any:
+    """What is refused by all of them."""
+    said = {}
+    first, *rest = batches()
+    tasks = {
+        "data": lambda: tuned(network(), data=[first, *rest] if own.rank else [*rest, first]),
+        "lengths": lambda: tuned(network(), data=batches()[own.rank :], shard="none"),
+        "evaluate data": lambda: evaluate(SMALL.build(), (SMALL.example(4 + own.rank), SMALL.labels(4 + own.rank))),
+        "evaluate model": lambda: evaluate(
+            SMALL.build() if own.rank else nn.Sequential(nn.Flatten(), nn.Linear(192, 10)),
+            (SMALL.example(4), SMALL.labels(4)),
+        ),
+    }
+    for name, task in tasks.items():
+        said[name] = refusal(task)
+    return said
+
+
+@job
+def troubled(own: Processes, _: Path) -> Any:
+    """A number that goes wrong in one process, and a batch that one cannot use."""
+    import warnings
+
+    data = batches()
+    x, y = data[1]
+    x = x.clone()
+    x[1] = float("nan")  # a row of the second process
+    found = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found["skipped"] = tuned(network(), data=[data[0], (x, y), data[2]], epochs=1, schedule="constant")
+    found["said"] = [str(warning.message) for warning in caught]
+    found["without"] = tuned(network(), data=[data[0], data[2]], epochs=1, schedule="constant")
+    mine = [
+        (x[: 1 if own.rank == 1 and number == 1 else 4], y[: 1 if own.rank == 1 and number == 1 else 4])
+        for number, (x, y) in enumerate(batches()[:3])
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found["left out"] = tuned(network("dense"), data=mine, shard="none", epochs=1, schedule="constant", attack=None)
+    found["left out said"] = [str(warning.message) for warning in caught]
+    found["left out without"] = tuned(
+        network("dense"), data=[mine[0], mine[2]], shard="none", epochs=1, schedule="constant", attack=None
+    )
+    return found
+
+
+@job
+def uninterrupted(_: Processes, folder: Path) -> Any:
+    return tuned(network("dense"), train="all", epochs=3, checkpoint=folder / "whole", checkpoint_every=0)
+
+
+@job
+def dying(own: Processes, folder: Path) -> Any:
+    """The second process is gone in the middle; started again, the run goes on."""
+
+    def at(record: Any, _: nn.Module) -> None:
+        if record.step == 5 and own.rank == 1 and once(folder / "died"):
+            os._exit(9)
+
+    return tuned(network("dense"), train="all", epochs=3, checkpoint=folder / "c", checkpoint_every=0, on_step=at)
+
+
+@job
+def hanging(own: Processes, folder: Path) -> Any:
+    """The second process does not answer."""
+
+    def at(record: Any, _: nn.Module) -> None:
+        if record.step == 1 and own.rank == 1:
+            time.sleep(60)
+
+    return tuned(network("dense"), on_step=at)
+
+
+@job
+def told(own: Processes, folder: Path) -> Any:
+    """The second process alone is told to end."""
+    import signal
+
+    def at(logits: Tensor, y: Tensor) -> Tensor:
+        at.calls += 1
+        if at.calls == 3 and own.rank == 1 and once(folder / "told"):
+            signal.raise_signal(signal.SIGTERM)
+        return nn.functional.cross_entropy(logits, y, reduction="none")
+
+    at.calls = 0
+    return tuned(network("dense"), loss=at, checkpoint=folder / "t", checkpoint_every=1e9)
+
+
+@job
+def another_number(_: Processes, folder: Path) -> Any:
+    """Goes on with a checkpoint of another number of processes."""
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = tuned(network(), sync="batch", checkpoint=folder / "n", checkpoint_every=0)
+    return {**found, "said": [str(warning.message) for warning in caught]}
+
+
+def main(name: str, out: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    with processes(timeout=5 if name == "hanging" else 60, device="cpu") as own:
+        found = JOBS[name](own, Path(folder))
+    torch.save(found, f"{out}.{os.environ.get('RANK', '0')}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3])
+    sys.stderr.flush()
+    os._exit(0)  # threads of torch's that outlive the group may abort an interpreter that is being taken down
