@@ -30,6 +30,7 @@ from bnsurgery.plots import plot_errors, plot_normalized_weights
 from cifar10 import Batches, floats, full, sample
 from machine import device
 from resnet import ResNet, resnet20
+from several import first, joined
 
 EPS = 8 / 255
 DATA = Path(__file__).parent / "data"
@@ -113,6 +114,11 @@ def fail(message: str) -> NoReturn:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    with joined(args.device) as args.device:
+        return work(args, argv)
+
+
+def work(args: argparse.Namespace, argv: list[str] | None) -> int:
     began, terminal = time.perf_counter(), sys.stderr.isatty()
     model = network(args.network, args.width).to(args.device, memory_format=torch.channels_last)
     (train_x, train_y), (test_x, test_y) = images(args.data)
@@ -164,6 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     after = curve[-1], measure("autoattack")
     show(f"BN fine-tuned, {epochs} epochs", *after)
     gain = before[1].robust_error - after[1].robust_error
+    if not first():
+        return 0
     patch = args.out / "patch.safetensors"
     save_bn_patch(model, patch)
     print(f"accuracy under AutoAttack: {gain:+.1f} points, from a patch of {patch.stat().st_size:,} bytes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import NoReturn
 import torch
 
 from examples.common.files import Problem
+from examples import several
 from examples.machine import device
 
 
@@ -95,7 +97,8 @@ def run(
     began = time.monotonic()
     try:
         args = arguments(argv)
-        return commands[args.command](args, began)
+        with several.joined(args.device) as args.device:
+            return commands[args.command](args, began)
     except Problem as problem:
         said = str(problem)
     except ModuleNotFoundError as error:
@@ -103,5 +106,6 @@ def run(
     except KeyboardInterrupt:
         print(f"{program}: interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 130
-    print(f"{program}: error: {said}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{program}: error: {said}", file=sys.stderr)
     return 2

@@ -11,6 +11,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
+from examples import several
 from examples.cifar10 import Batches, floats, full, sample
 from examples.common.files import Problem
 
@@ -51,6 +52,7 @@ def read(folder: Path | None) -> Images:
         new = not folder.exists()
         if not new and any(folder.iterdir()) and not any((folder / part).exists() for part in parts):
             raise Problem(f"--data {folder} is not CIFAR-10: there is no cifar-10-batches-py in it")
+        several.of_first(lambda: bool(full(folder, train=True)))  # where it is downloaded, by one process
         return Images(full(folder, train=True), full(folder, train=False))
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
         if new and folder.is_dir() and not any(folder.iterdir()):

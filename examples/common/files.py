@@ -8,8 +8,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from examples import several
 from examples.machine import commit, hardware, versions
 
 COMMIT = commit()
@@ -101,6 +102,12 @@ class Folder:
             Problem: another process works on it.
         """
         self.make()
+        with ExitStack() as stack:
+            several.of_first(lambda: stack.enter_context(self._lock(row)))
+            yield
+
+    @contextmanager
+    def _lock(self, row: str) -> Iterator[None]:
         try:
             import fcntl
         except ModuleNotFoundError:
@@ -130,9 +137,15 @@ def begin_anew(path: Path) -> str:
 def write(path: Path, put: Callable[[Path], object]) -> None:
     """Lets ``put`` write a file beside ``path``, then renames it: after a failure ``path`` is as it was.
 
+    Of several processes, the first does.
+
     Raises:
         Problem: it cannot be written, because the disk is full for example.
     """
+    several.of_first(lambda: _write(path, put))
+
+
+def _write(path: Path, put: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         put(partial)
@@ -149,6 +162,10 @@ def write(path: Path, put: Callable[[Path], object]) -> None:
 
 def discard(*paths: Path) -> None:
     """Removes files where they are, and of a checkpoint the one before it, which is kept beside it."""
+    several.of_first(lambda: _discard(paths))
+
+
+def _discard(paths: Sequence[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
         path.with_name(f"{path.name}.previous").unlink(missing_ok=True)
@@ -238,6 +255,7 @@ def origin(program: str, seed: int, device: torch.device) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", f"examples.{program}", *sys.argv[1:]]),
         "commit": COMMIT,
         "seed": seed,
+        **({"processes": several.world()} if several.world() > 1 else {}),
         "versions": versions(),
         "hardware": hardware(device),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

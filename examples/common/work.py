@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bnsurgery import CheckpointError, EpochRecord, Finetuning, adv_finetune
+from examples import several
 from examples.common.data import Images
 from examples.common.files import Folder, Problem, begin_anew, origin, read_json, write_json
 
@@ -54,7 +55,7 @@ class Work:
 
     def fits(self, seconds: float | None) -> bool:
         """Whether to begin something that takes about so long; None: nobody knows."""
-        left = self.left
+        left = several.of_first(lambda: self.left)
         return left is None or (left > 0 and (left >= (seconds or 0.0) or not self.worked))
 
     def note_call(self, path: Path, *, goes_on: bool, needs: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
