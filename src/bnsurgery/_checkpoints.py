@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from bnsurgery import _states
-from bnsurgery._records import EpochRecord, Tally
+from bnsurgery._records import EpochRecord, require_numbers
+from bnsurgery._undo import Undo
 from bnsurgery.errors import CheckpointError
 from bnsurgery.layers import join, named_modules, named_parameters
 
 KIND = "adv_finetune"
+ENDED = ("epochs", "max_steps", "callback")
+"""How a run that is kept has ended, or is to."""
 
 
 def require_same(path: Path, state: dict[str, Any], configuration: dict[str, Any]) -> None:
@@ -24,19 +28,14 @@ def require_same(path: Path, state: dict[str, Any], configuration: dict[str, Any
     Raises:
         CheckpointError: it is of another configuration (differences listed), or says none.
     """
-    saved = state.get("configuration")
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: it says no configuration")
-    begun = epochs_begun(state)
-    before, now = _so_far(saved, begun), _so_far(configuration, begun)
-    differences = [
-        _difference(name, saved.get(name), configuration.get(name))
-        for name in sorted(before.keys() | now.keys(), key=str)
-        if before.get(name) != now.get(name)
-    ]
-    if differences:
+    with _states.taken_apart(path):
+        saved = dict(state["configuration"])
+        begun = epochs_begun(state)
+        names = _states.differences(_so_far(saved, begun), _so_far(configuration, begun))
+        differing = [_difference(name, saved.get(name), configuration.get(name)) for name in names]
+    if differing:
         raise CheckpointError(
-            f"the checkpoint {str(path)!r} belongs to another run; {'; '.join(differences)}: "
+            f"the checkpoint {str(path)!r} belongs to another run; {'; '.join(differing)}: "
             "use another path, or remove the file"
         )
 
@@ -96,27 +95,56 @@ def restore(
     Raises:
         CheckpointError: entries are missing, malformed, or do not fit the model.
     """
-    try:
+    with _states.taken_apart(path):
         history = [EpochRecord(**record) for record in state["history"]]
-        ended, values = str(state["ended"]), dict(state["tensors"])
-        Tally(**state["tuning"]["tally"])
+        for record in history:
+            require_numbers(asdict(record))
+        ended, values = state["ended"], dict(state["tensors"])
+        if ended not in ENDED:
+            raise ValueError(f"it has ended by {ended!r}")
         wrong = sorted(targets.keys() ^ values.keys())
         wrong += [name for name in targets.keys() & values.keys() if not _fits(values[name], targets[name])]
-        if optimizer is not None and not wrong:
-            optimizer.load_state_dict(state["optimizer"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise damaged(path, error) from error
-    if wrong:
-        raise CheckpointError(f"the checkpoint {str(path)!r}: its tensors do not fit the model: {', '.join(wrong[:6])}")
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(values[name])
+        if wrong:
+            raise CheckpointError(
+                f"the checkpoint {str(path)!r}: its tensors do not fit the model: {', '.join(map(str, wrong[:6]))}"
+            )
+        if optimizer is not None:
+            load_optimizer(optimizer, state["optimizer"])
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(values[name])
     return history, ended
 
 
-def damaged(path: Path, error: Exception) -> CheckpointError:
-    """For a checkpoint that is whole and yet not one that was ever written."""
-    return CheckpointError(f"the checkpoint {str(path)!r} is damaged: {type(error).__name__}: {error}")
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Puts an optimizer's state back, and tries one of torch's own out, on gradients of zero: the step is taken back.
+
+    Raises:
+        ValueError: its options are others, or it cannot make a step with this state.
+    """
+    for now, was in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True):
+        if _options(now) != _options(was):
+            raise ValueError(f"the options of the optimizer are {_options(was)}, expected {_options(now)}")
+    optimizer.load_state_dict(state)
+    if type(optimizer).__module__.split(".")[:2] != ["torch", "optim"]:
+        return  # another one may count its steps elsewhere
+    undo = Undo(optimizer)
+    undo.note()
+    try:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    except Exception as error:
+        raise ValueError(f"the optimizer cannot go on with its state ({type(error).__name__}: {error})") from error
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+        undo.restore()
+
+
+def _options(group: dict[str, Any]) -> dict[str, str]:
+    """A parameter group's, but for the learning rate, which a schedule moves."""
+    return {name: repr(value) for name, value in group.items() if name != "lr"}
 
 
 def _fits(value: object, target: Tensor) -> bool:

@@ -18,7 +18,7 @@ from bnsurgery._random import global_random_state, seed_global, set_global_rando
 from bnsurgery._records import EpochRecord
 from bnsurgery._sharing import Share
 from bnsurgery._signals import Signals
-from bnsurgery._source import Data
+from bnsurgery._source import Data, Place
 from bnsurgery._tuning import Tuning
 from bnsurgery._undo import Undo
 from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, CheckpointError
@@ -77,8 +77,6 @@ class Keeper:
         try:
             self._restore(self._path, state, tuning, data, same=same)
             whole = True
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise _checkpoints.damaged(self._path, error) from error
         finally:
             if not whole:
                 before.restore()
@@ -89,16 +87,19 @@ class Keeper:
     def _restore(self, path: Path, state: dict[str, Any], tuning: Tuning, data: Data, *, same: bool) -> None:
         targets = self._targets()
         self.history, self.ended = _checkpoints.restore(path, state, targets, self._optimizer)
-        tuning.restore(state["tuning"])
-        own = self._own(state["processes"])
-        with torch.no_grad():
-            for name, value in own["statistics"].items():
-                targets[name].copy_(value)
+        with _states.taken_apart(path):
+            tuning.restore(state["tuning"], len(self.history))
+            own = self._own(state["processes"])
+            with torch.no_grad():
+                for name, value in own["statistics"].items():
+                    targets[name].copy_(value)
+            self._generator.set_state(state["attack"])
+            found = Place(**own["data"])
         if self.ended == "epochs":
-            data.restore(own["data"], tuning.epoch, same=same)
-        self._generator.set_state(state["attack"])
-        if own["random"] is not None:
-            set_global_random_state(own["random"], self._device)
+            data.restore(path, found, tuning.epoch, same=same)
+        with _states.taken_apart(path):
+            if own["random"] is not None:
+                set_global_random_state(own["random"], self._device)
 
     def asked(self) -> dict[str, bool]:
         """What this process asks of all of them: to save now, or, since it has been told to, to stop."""
@@ -148,7 +149,7 @@ class Keeper:
         statistics = {}
         if self._share.sync == "none" and not self._ranks.alone:
             statistics = {name: tensor.detach().cpu() for name, tensor in targets.items() if ".running_" in f".{name}"}
-        own = {"data": data.state(), "random": global_random_state(self._device), "statistics": statistics}
+        own = {"data": asdict(data.state()), "random": global_random_state(self._device), "statistics": statistics}
         processes = self._ranks.gather(own)
         if self._path is None or not self._ranks.first:
             return

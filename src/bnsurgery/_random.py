@@ -45,6 +45,15 @@ def set_global_random_state(state: dict[str, Any], device: torch.device | None =
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def require_random_state(state: dict[str, Any]) -> None:
+    """Raises where this is no state of the global generators, which are as before afterwards."""
+    before = global_random_state()
+    try:
+        set_global_random_state(state)
+    finally:
+        set_global_random_state(before)
+
+
 def seed_global(seed: int) -> None:
     """Seeds torch's (CPU and CUDA), NumPy's and Python's global generators."""
     torch.manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -110,3 +110,10 @@ class Tally:
             left_out=self.left_out,
             seconds=self.seconds,
         )
+
+
+def require_numbers(values: dict[str, Any]) -> None:
+    """Raises :class:`ValueError` where one of these is no number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is {value!r}")

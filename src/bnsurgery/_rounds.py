@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from bnsurgery import _states
 from bnsurgery._evaluating import AttackRow, Attempt, Run, Threat, percent
 from bnsurgery._ranks import Ranks
+from bnsurgery._records import require_numbers
 from bnsurgery._signals import Signals
 from bnsurgery.errors import BNSurgeryWarning, CheckpointError
 
@@ -179,25 +180,17 @@ class Rounds:
         state = _states.of_first(self._ranks, self._path, KIND)
         if state is None:
             return False
-        saved = state.get("configuration")
-        if not isinstance(saved, dict):
-            raise CheckpointError(f"the checkpoint {str(self._path)!r} is damaged: it says no configuration")
-        differences = [
-            f"{name} was {saved.get(name)!r}, is {self._configuration.get(name)!r}"
-            for name in sorted(saved.keys() | self._configuration.keys(), key=str)
-            if saved.get(name) != self._configuration.get(name)
-        ]
-        if differences:
+        with _states.taken_apart(self._path):
+            saved = dict(state["configuration"])
+            names = _states.differences(saved, self._configuration)
+        if names:
+            differing = [f"{name} was {saved.get(name)!r}, is {self._configuration.get(name)!r}" for name in names]
             raise CheckpointError(
-                f"the checkpoint {str(self._path)!r} belongs to another evaluation; {'; '.join(differences)}: use "
+                f"the checkpoint {str(self._path)!r} belongs to another evaluation; {'; '.join(differing)}: use "
                 "another path, or remove the file"
             )
-        try:
+        with _states.taken_apart(self._path):
             self._restore(state)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"the checkpoint {str(self._path)!r} is damaged: {type(error).__name__}: {error}"
-            ) from error
         return True
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -210,11 +203,15 @@ class Rounds:
             raise ValueError("what is wrong clean is said to be robust")
         rows = [AttackRow(**row) for row in state["rows"]]
         under = None if state["under_way"] is None else _Under(**state["under_way"])
+        for numbers in (*map(vars, rows), {} if under is None else vars(under)):
+            require_numbers({name: value for name, value in numbers.items() if name not in ("attack", "left")})
         names = [name for name, _ in self._attacks]
         if [row.attack for row in rows] != names[: len(rows)] or (under is not None and under.number != len(rows)):
             raise ValueError("its attacks are not those that it says")
-        if under is not None and (len(rows) == len(names) or not bool(correct[under.left].all())):
-            raise ValueError("it tries what is wrong already")
+        if under is not None:
+            tried = under.left.dtype == torch.int64 and under.left.dim() == 1 and bool(correct[under.left].all())
+            if len(rows) == len(names) or not tried or not 0 <= under.batches <= count:
+                raise ValueError("it tries what is wrong already")
         broken = (correct & ~robust).nonzero().flatten()
         if self._keep:
             self._run.adversarial[broken] = state["adversarial"]

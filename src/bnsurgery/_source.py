@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnsurgery._data import is_pair
-from bnsurgery._random import Source, Stream, set_source_state, source_state, sources_of
+from bnsurgery._random import Source, Stream, require_random_state, set_source_state, source_state, sources_of
 from bnsurgery._sharing import Share
+from bnsurgery._states import taken_apart
 from bnsurgery.errors import CheckpointError
 
 SAMPLED = 1 << 16
 """So many values of a batch, at most about twice, tell it from others."""
 END = object()
 """Comes after the last batch of an epoch."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in the data.
+
+    Attributes:
+        now: the states of the stream and of the data's own generators.
+        start: what these were when the epoch began; None: between epochs.
+        position: batches drawn in the epoch.
+        digest: tells these batches from others.
+    """
+
+    now: dict[str, Any]
+    start: dict[str, Any] | None
+    position: int
+    digest: str
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.now, dict) and isinstance(self.start, (dict, type(None)))):
+            raise ValueError("it holds no random state")
+        if isinstance(self.position, bool) or not isinstance(self.position, int) or self.position < 0:
+            raise ValueError(f"its place in the data is {self.position!r}")
 
 
 class Data:
@@ -89,46 +115,51 @@ class Data:
         """Ends an epoch."""
         self._iterator, self._start = iter(()), None
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Place:
         """Where it is, for :meth:`restore`."""
         if not self.under_way:
             self._sources = sources_of(self._data) if self._watched else []
-        return {"now": self._now(), "start": self._start, "position": self.position, "digest": self._digest}
+        return Place(self._now(), self._start, self.position, self._digest)
 
-    def restore(self, state: dict[str, Any], epoch: int, *, same: bool) -> None:
+    def restore(self, path: Path, place: Place, epoch: int, *, same: bool) -> None:
         """Goes back to where it was; within an epoch, the batches that are behind it are drawn again.
 
         Raises:
-            CheckpointError: these are not the batches of before (``same=True``), or there are fewer.
+            CheckpointError: these are not the batches of before (``same=True``), or there are fewer; or this is no
+                place.
         """
         self._sources = sources_of(self._data)
-        if state["start"] is None:
-            self._set(state["now"])
+        if place.start is None:
+            self._set(path, place.now)
             return
-        self._set(state["start"])
+        self._set(path, place.start)
         self.begin(epoch)
-        while self.position < state["position"] and self.draw() is not END:
+        while self.position < place.position and self.draw() is not END:
             pass
-        if same and (self.position, self._digest) != (state["position"], state["digest"]):
-            what = "others" if self.position == state["position"] else f"{self.position} alone"
+        if same and (self.position, self._digest) != (place.position, place.digest):
+            what = "others" if self.position == place.position else f"{self.position} alone"
             raise CheckpointError(
-                f"the checkpoint was made after {state['position']} batches of epoch {epoch}, and the data gives "
-                f'{what} now: give the same data in the same order, or say data_order="any" to go on with what comes'
+                f"the checkpoint {str(path)!r} was made after {place.position} batches of epoch {epoch}, and the data "
+                f'gives {what} now: give the same data in the same order, or say data_order="any" to go on with what '
+                "comes"
             )
-        self._set(state["now"])
+        self._set(path, place.now)
 
     def _now(self) -> dict[str, Any]:
         return {"stream": self.stream.state, "own": [source_state(source) for source in self._sources]}
 
-    def _set(self, now: dict[str, Any]) -> None:
-        if len(now["own"]) != len(self._sources):
-            raise CheckpointError(
-                f"the checkpoint was made with data that holds {len(now['own'])} random generators, and this data "
-                f"holds {len(self._sources)}: give the same data"
-            )
-        self.stream.state = now["stream"]
-        for source, state in zip(self._sources, now["own"], strict=True):
-            set_source_state(source, state)
+    def _set(self, path: Path, now: dict[str, Any]) -> None:
+        with taken_apart(path):
+            own, stream = list(now["own"]), dict(now["stream"])
+            if len(own) != len(self._sources):
+                raise CheckpointError(
+                    f"the checkpoint {str(path)!r} was made with data that holds {len(own)} random generators, and "
+                    f"this data holds {len(self._sources)}: give the same data"
+                )
+            require_random_state(stream)
+            self.stream.state = stream
+            for source, state in zip(self._sources, own, strict=True):
+                set_source_state(source, state)
 
 
 def described(data: object) -> dict[str, int | None]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,38 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@contextmanager
+def taken_apart(path: Path) -> Iterator[None]:
+    """While what a file held is put into use: whatever does not fit there makes it a damaged one.
+
+    Raises:
+        CheckpointError: anything went wrong.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: {type(error).__name__}: {error}") from error
+
+
+def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The names of what differs between two configurations, of plain values.
+
+    Raises:
+        ValueError: there is something else in one.
+    """
+    return [name for name in sorted(was.keys() | now.keys(), key=str) if _text(was, name) != _text(now, name)]
+
+
+def _text(values: dict[str, Any], name: str) -> str | None:
+    tensors: list[Tensor] = []
+    text = json.dumps(_packed(values[name], tensors)) if name in values else None
+    if tensors:
+        raise ValueError(f"a tensor in the configuration, as {name!r}")
+    return text
 
 
 def dumped(kind: str, state: dict[str, Any]) -> bytes:

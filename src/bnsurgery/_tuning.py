@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from bnsurgery._data import unpack
-from bnsurgery._records import EpochRecord, StepCallback, StepRecord, Tally, Undone
+from bnsurgery._records import EpochRecord, StepCallback, StepRecord, Tally, Undone, require_numbers
 from bnsurgery._signals import Signals
 from bnsurgery._source import END, Data
 from bnsurgery._step import At, Step
@@ -85,9 +85,17 @@ class Tuning:
         """Where the run is, but for its data, as plain values."""
         return {"epoch": self.epoch, "step": self.step, "tally": asdict(self.tally)}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
-        self.epoch, self.step, self.tally = int(state["epoch"]), int(state["step"]), Tally(**state["tally"])
+    def restore(self, state: dict[str, Any], epochs: int) -> None:
+        """Goes on from there; so many epochs have ended.
+
+        Raises:
+            ValueError: this is no place in the run.
+        """
+        epoch, step, tally = state["epoch"], state["step"], Tally(**state["tally"])
+        require_numbers(asdict(tally) | {"step": step})
+        if epoch != epochs or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step {step!r} of epoch {epoch!r}, after {epochs} epochs")
+        self.epoch, self.step, self.tally = epoch, step, tally
         self._bar.update(self.step)
 
     def run_epoch(self, after: Callable[[], None], asked: Callable[[], dict[str, bool]]) -> EpochRecord:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bnsurgery._data import describe
 from bnsurgery._files import replacing
 from bnsurgery._modes import Snapshot
+from bnsurgery._states import fingerprint
 from bnsurgery.errors import PatchError
 from bnsurgery.layers import PARAMETERS, bn_layers, join, statistics, trainable_parts
 
@@ -116,7 +117,8 @@ def swap_bn(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module
 def save_bn_patch(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes the BN parameters and statistics of a model to a safetensors file; changes nothing in the model.
 
-    The file appears whole or not at all: it is written under another name in the same folder, then renamed.
+    The file appears whole or not at all: it is written under another name in the same folder, then renamed. It holds a
+    checksum of the values, by which :func:`load_bn_patch` knows a damaged file.
 
     Args:
         model: any module with BN layers.
@@ -135,7 +137,7 @@ def save_bn_patch(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     state = {name: tensor.contiguous().cpu() for name, tensor in bn_state(model).items()}
     with replacing(Path(path)) as partial:
-        partial.write_bytes(save(state, metadata={"format": FORMAT}))
+        partial.write_bytes(save(state, metadata={"format": FORMAT, "checksum": _checksum(state)}))
 
 
 def load_bn_patch(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -149,7 +151,8 @@ def load_bn_patch(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        PatchError: this is no safetensors file, or it does not fit the model; nothing has been written to the model.
+        PatchError: this is no safetensors file, it is damaged, or it does not fit the model; nothing has been written
+            to the model.
         NoBatchNormError: the model has no BN layer.
 
     Example:
@@ -168,16 +171,23 @@ def load_bn_patch(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"no BN patch at {str(target)!r}")
     try:
         with safe_open(target, framework="pt") as file:
-            form = (file.metadata() or {}).get("format", FORMAT)
+            metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RuntimeError, TypeError, OSError) as error:
         raise PatchError(f"{str(target)!r} is not a safetensors file, and nothing else is read: {error}") from error
+    form = metadata.get("format", FORMAT)
     if form not in (FORMAT, "pt"):
         raise PatchError(f"{str(target)!r} has format {form!r}, and this version reads {FORMAT!r}")
+    if metadata.get("checksum", _checksum(state)) != _checksum(state):  # other programs' files have none
+        raise PatchError(f"{str(target)!r} is damaged: its checksum does not match")
     try:
         load_bn_state(model, state)
     except PatchError as error:
         raise PatchError(f"{str(target)!r}: {error}") from None
+
+
+def _checksum(state: Mapping[str, Tensor]) -> str:
+    return fingerprint(sorted(state.items()))
 
 
 def _tensors(model: nn.Module, *, strict: bool = True) -> dict[str, Tensor]:
