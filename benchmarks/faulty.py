@@ -100,7 +100,7 @@ def measure(folder: Path) -> str:
     result = evaluate(
         model,
         (x, y),
-        attacks=["pgd-5", counted, "apgd-ce", "fab-t"],
+        attacks=["pgd-5", counted, "apgd-ce", "apgd-t"],
         eps=0.002,
         batch_size=8,
         keep_adversarial=True,

@@ -207,6 +207,44 @@ def precision(record: Mapping[str, Any]) -> str:
     return text + made_with(record["environment"])
 
 
+FAULTS = {
+    "tune": "a fine-tuning run is killed",
+    "evaluate": "an evaluation is killed",
+    "processes": "of two processes of a fine-tuning run one is killed",
+    "full disk": "the disk of a fine-tuning run is full",
+}
+
+
+def faults(record: Mapping[str, Any]) -> str:
+    """What came of runs that were killed."""
+    rows = []
+    for kind, found in record["faults"].items():
+        lost, waited = found["most_steps_lost"], found["longest_until_ended"]
+        rows.append(
+            [
+                FAULTS[kind],
+                str(found["runs"]),
+                str(found["kills"]),
+                str(found["in_write"]) if kind in ("tune", "evaluate") else "",
+                f"{found['same']} of {found['runs']}",
+                str(lost) if kind in ("tune", "processes") else "",
+                "" if waited is None else f"{waited:.1f}",
+            ]
+        )
+    head = ("what happens", "runs", "kills", "of these in a write", "identical bits", "steps lost at most")
+    return table((*head, "seconds until the other had ended, at most"), rows) + made_with(record["environment"])
+
+
+def growth(record: Mapping[str, Any]) -> str:
+    """Resident sizes over long runs."""
+    rows = [
+        [name, *(f"{found[key]:.1f}" for key in ("begin", "end", "largest")), f"{found['end'] - found['begin']:+.1f}"]
+        for name, found in record["growth"].items()
+    ]
+    head = (f"MiB, of {record['steps']:,} steps or calls", "half-way", "at the end", "largest since half-way", "growth")
+    return table(head, rows) + made_with(record["environment"])
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "throughput": throughput,
     "scaling": scaling,
@@ -214,6 +252,8 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "overheads": overheads,
     "mixture": mixture,
     "precision": precision,
+    "faults": faults,
+    "growth": growth,
 }
 """By the name of the result file."""
 
