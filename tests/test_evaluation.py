@@ -731,10 +731,11 @@ def test_double_precision_is_evaluated_whatever_the_data(model_type: torch.dtype
     assert torch.equal(found.robust, expected.robust)
 
 
-def test_outputs_that_are_no_tensor_are_named() -> None:
+@pytest.mark.parametrize("options", [{}, {"mean": [0.5], "std": [0.5]}], ids=["pixels", "normalised"])
+def test_outputs_that_are_no_tensor_are_named(options: dict[str, list[float]]) -> None:
     class Dict(nn.Module):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"logits": x.flatten(1)}
 
     with pytest.raises(ValueError, match=r"the model must return logits \(6, classes\), got a dict"):
-        evaluate(Dict(), (SMALL.example(), SMALL.labels()), attacks=["pgd-2"], progress=False)
+        evaluate(Dict(), (SMALL.example(), SMALL.labels()), attacks=["pgd-2"], progress=False, **options)

@@ -103,6 +103,9 @@ def test_what_each_does_by_itself_is_the_same_in_all(world: int) -> None:
         same = torch.equal(found[0]["none"]["state"][name], found[1]["none"]["state"][name])
         assert same == ("running" not in name), name
     assert found[0]["masks"] != found[1]["masks"]  # each draws its own dropout
+    # A callback of one process ends the run of all.
+    assert [other["ended"] for other in found] == [("callback", 4)] * world
+    assert [other["ended at a step"] for other in found] == [("callback", [0, 1, 2])] * world
     assert equal(found[0]["recalibrated"], found[-1]["recalibrated"])
 
 

@@ -124,6 +124,15 @@ def shares(own: Processes, _: Path) -> Any:
     dropping[1].register_forward_hook(lambda _, __, out: masks.append((out != 0).sum().item()))
     tuned(dropping, attack=None, epochs=1)
     found["masks"] = masks
+    at_epoch = [lambda record, _: own.rank == 1 and record.epoch == 0]
+    found["ended"] = tuned(network(), callbacks=at_epoch)["record"]["ended"], len(BATCHES)
+    steps: list[int] = []
+
+    def at_step(record: Any, _: nn.Module) -> bool:
+        steps.append(record.step)
+        return own.rank == 1 and record.step == 2
+
+    found["ended at a step"] = tuned(network(), on_step=at_step)["record"]["ended"], steps
     return found
 
 

@@ -143,8 +143,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def _options(group: dict[str, Any]) -> dict[str, str]:
-    """A parameter group's, but for the learning rate, which a schedule moves."""
-    return {name: repr(value) for name, value in group.items() if name != "lr"}
+    """The kinds of a parameter group's options, whose values callbacks may move, and its parameters."""
+    kinds = {name: type(value).__name__ for name, value in group.items() if name != "params"}
+    return kinds | {"params": repr(group["params"])}
 
 
 def _fits(value: object, target: Tensor) -> bool:

@@ -53,6 +53,10 @@ class Ranks:
         """The largest of what the processes say."""
         return max(self.gather(value))
 
+    def any(self, value: bool) -> bool:
+        """Whether any process says so."""
+        return any(self.gather(value))
+
     def gather(self, value: T) -> list[T]:
         """What each process says, in order, on all of them."""
         if self.alone:

@@ -160,7 +160,8 @@ class Tuning:
         if isinstance(outcome, StepRecord):
             loss, error = f"{outcome.loss:.3f}", f"{outcome.error:.1f}%"
             self._bar.set_postfix(epoch=self.epoch + 1, loss=loss, error=error)
-            self.stopped = bool(self._on_step and self._on_step(outcome, self.root))
+            if self._on_step is not None:
+                self.stopped = self._step.share.ranks.any(bool(self._on_step(outcome, self.root)))
         else:
             what = "the step is skipped" if outcome.kind == "skipped" else "that batch is left out"
             self._warn(outcome.kind, f"step {self.step - 1}: {outcome.reason}; {what}")

@@ -164,7 +164,7 @@ def adv_finetune(
             ``"linear"``, ``"constant"``, or a function of progress from 0 to 1.
         loss: logits (N, K) and labels (N,) to a loss for each example (N,).
         callbacks: one or several, called after each epoch with its record and the model; one that returns True ends
-            the run.
+            the run (of several processes: in all, where it does in any).
         on_step: called after each step likewise.
         max_steps: end after so many steps.
         max_seconds: begin no epoch that, taking as long as the longest before it in this call, would end later than
@@ -356,7 +356,7 @@ def adv_finetune(
                 record = tuning.run_epoch(lambda: keeper.step_done(tuning, source), keeper.asked)
                 keeper.history.append(record)
                 stop = [bool(callback(record, root)) for callback in each_epoch]
-                if tuning.stopped or any(stop):
+                if tuning.stopped or (stop and ranks.any(any(stop))):
                     keeper.ended = "callback"
                 elif tuning.done:
                     keeper.ended = "max_steps"
