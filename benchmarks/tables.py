@@ -241,7 +241,9 @@ def growth(record: Mapping[str, Any]) -> str:
         [name, *(f"{found[key]:.1f}" for key in ("begin", "end", "largest")), f"{found['end'] - found['begin']:+.1f}"]
         for name, found in record["growth"].items()
     ]
-    head = (f"MiB, of {record['steps']:,} steps or calls", "half-way", "at the end", "largest since half-way", "growth")
+    steps = record["steps"]
+    what = f"MiB, over {steps:,} steps, {steps // 4:,} calls, or {steps:,} calls that raise"
+    head = (what, "half-way", "at the end", "largest since half-way", "growth")
     return table(head, rows) + made_with(record["environment"])
 
 
