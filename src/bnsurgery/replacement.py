@@ -83,8 +83,8 @@ def replace_bn(
         kind: ``"group"``: GroupNorm. ``"layer"``: GroupNorm with one group, over channels and positions together.
             ``"instance"``: each channel of each example by itself: InstanceNorm2d or InstanceNorm3d, or, of other
             classes, an InstanceNorm of any number of dimensions; the inputs must have positions, (N, C, ...).
-            ``"none"``: Identity. Or a function from a copy of the BN layer to the module that takes its place; it may
-            be this copy, or hold it.
+            ``"none"``: an Identity that returns a copy of its input, since what comes after may work in place. Or a
+            function from a copy of the BN layer to the module that takes its place; it may be this copy, or hold it.
         groups: of GroupNorm, in how many groups channels are: a divisor of their number.
         carry: whether gamma and beta are carried over; with ``False`` they are as in a new layer, or as the function
             made them.
@@ -180,7 +180,7 @@ def _check(name: str, layer: _BatchNorm, kind: Kind | Make, groups: int) -> None
 def _made(layer: _BatchNorm, kind: Kind, groups: int) -> nn.Module:
     """What takes the place of a layer, with the same parameters as it has."""
     if kind == "none":
-        return nn.Identity()
+        return Identity()
     channels, eps = layer.num_features, layer.eps
     new: nn.Module
     if kind == "instance":
@@ -264,6 +264,14 @@ def _ends_active(module: nn.Module, kind: type) -> bool:
         module = last[-1]
     # convert_sync_batchnorm leaves an ``act`` in a norm of torch, which never calls it.
     return type(module) is kind or (type(module) not in _OF_TORCH and hasattr(module, "act"))
+
+
+class Identity(nn.Identity):
+    """Hands on a copy of what it is given: BN never returned its input itself, and an activation in place follows."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch names it
+        """The same values, in a tensor of their own."""
+        return input.clone()
 
 
 class InstanceNorm(_InstanceNorm):
