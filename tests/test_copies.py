@@ -7,7 +7,8 @@ import dataclasses
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
+from functools import partial
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnsurgery._graphs
-from bnsurgery import PGD, BNSurgeryWarning, Engine, FusionError, adv_finetune, fuse_bn, plan_fusion
+from bnsurgery import (
+    PGD,
+    BNSurgeryError,
+    BNSurgeryWarning,
+    Engine,
+    FusionError,
+    adv_finetune,
+    fuse_bn,
+    plan_fusion,
+    replace_bn,
+    split_bn,
+)
 from bnsurgery._graphs import MOST_CAPTURES, Steps
 from bnsurgery._layouts import runs_channels_last
 from bnsurgery._replicas import Replicas, craft_on_copy
@@ -120,6 +132,69 @@ def test_such_a_model_is_not_touched(name: str, training: bool) -> None:
     assert world.unchanged()
     runs_channels_last(model, x, modes=(False, True), hooks=True)
     assert world.unchanged()
+
+
+@pytest.mark.parametrize("name", CLOSURES)
+def test_copies_that_live_on_do_not_share_what_functions_refer_to(name: str) -> None:
+    model = wide(CLOSURES[name])()
+    world = World(model)
+    for change in (split_bn, lambda model: replace_bn(model, "none", layers="bn1")):
+        with pytest.raises(BNSurgeryError, match=r"a copy of \w+ would run parts of the model itself.*attribute"):
+            change(model)
+    assert world.unchanged()
+
+
+def hooked(model: nn.Module) -> None:
+    model.conv2.register_forward_hook(lambda _module, _inputs, outputs: outputs + model.conv1.bias.sum())
+
+
+def with_a_default(model: nn.Module) -> None:
+    model.conv2.forward = lambda x, conv=model.conv1: conv(x[:, :3])  # type: ignore[method-assign]
+
+
+def in_a_list(model: nn.Module) -> None:
+    model.extras = [(1, lambda: model.conv1)]
+
+
+def bound_around(model: nn.Module) -> None:
+    inner = model.conv2.forward
+    model.conv2.forward = MethodType(lambda _self, x: 2 * inner(x), model.conv2)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [hooked, with_a_default, in_a_list, bound_around])
+def test_functions_are_looked_for_wherever_a_module_keeps_them(change: Callable[[nn.Module], None]) -> None:
+    model = Net()
+    change(model)
+    with pytest.raises(BNSurgeryError, match=r"(a hook|attribute '(forward|extras)') of .* refers to the model"):
+        split_bn(model)
+
+
+def bound(model: nn.Module) -> None:
+    model.conv2.inner = model.conv2.forward
+    model.conv2.forward = MethodType(lambda self, x: 2 * self.inner(x), model.conv2)  # type: ignore[method-assign]
+
+
+def partly(model: nn.Module) -> None:
+    model.conv2.forward = partial(nn.Conv2d.forward, model.conv2)  # type: ignore[method-assign]
+
+
+def noting(model: nn.Module) -> None:
+    seen: list[str] = []
+    model.conv2.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+
+
+def compiled_in_place(model: nn.Module) -> None:
+    model.conv1.compile(backend="eager")
+
+
+@pytest.mark.parametrize("change", [bound, partly, noting, compiled_in_place])
+def test_what_is_copied_along_with_a_module_is_no_reason_to_refuse(change: Callable[[nn.Module], None]) -> None:
+    model, ((x, _),) = wide(Net)(), batches(6)
+    change(model)
+    split = split_bn(model)
+    assert torch.equal(split(x), model(x))
+    split(x).sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_plan_made_elsewhere_is_no_way_around_it_either() -> None:

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnsurgery._modes import global_state, preserved
+from bnsurgery._references import refuse_references
 from bnsurgery._tracing import leaves
 from bnsurgery.errors import BNSurgeryError, FusionError
 from bnsurgery.layers import device_of, unwrap
@@ -44,9 +45,12 @@ def private_copy(
         error: what is raised.
 
     Raises:
-        BNSurgeryError: something in the model cannot be copied, or its copy is not its own.
+        BNSurgeryError: something in the model cannot be copied, or its copy is not its own: of ``error``'s kind, or
+            where this is not for fusing, since a function refers to the model.
     """
     memo = {} if memo is None else memo
+    if error is not FusionError:  # fusing finds out what its copies run, in passes that there are not here
+        refuse_references(model)
     purpose = "fusing is done on copies" if error is FusionError else "this is done on a copy"
     try:
         for module in reversed(list(model.modules())):
