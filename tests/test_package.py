@@ -40,6 +40,7 @@ ORDER = [
     "_tracing",
     "_symbolic",
     "_refusals",
+    "_references",
     "_copies",
     "_routing",
     "_branches",
