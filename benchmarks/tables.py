@@ -247,6 +247,13 @@ def growth(record: Mapping[str, Any]) -> str:
     return table(head, rows) + made_with(record["environment"])
 
 
+def zoo(record: Mapping[str, Any]) -> str:
+    """What came of each operation on each architecture."""
+    import zoo_table  # it needs this module
+
+    return zoo_table.zoo(record)
+
+
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "throughput": throughput,
     "scaling": scaling,
@@ -256,6 +263,7 @@ TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "precision": precision,
     "faults": faults,
     "growth": growth,
+    "zoo": zoo,
 }
 """By the name of the result file."""
 

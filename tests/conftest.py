@@ -23,7 +23,15 @@ settings.register_profile(
 settings.load_profile("bnsurgery")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--zoo", action="store_true", help="run every architecture of the zoo, which takes an hour")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--zoo"):
+        left = [item for item in items if item.get_closest_marker("zoo")]
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
