@@ -28,6 +28,7 @@ from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning, FusionError, NoBa
 from bnsurgery.folding import Affine, fold_bn
 from bnsurgery.freezing import freeze_except_bn
 from bnsurgery.fusion import FusionPlan, fuse_bn, fused_parameters, plan_fusion
+from bnsurgery.layers import bn_layers
 from networks import HEAVY, LIGHT, NETWORK_3D, RESNET20, SHARED, SMALL, Case, shake, small
 
 FrozenBatchNorm2d = torchvision.ops.FrozenBatchNorm2d
@@ -457,6 +458,24 @@ def test_timm_activation_and_dropout_stay(example: Tensor | None, apply_act: boo
     fused = fuse_bn(model, example)
     assert fused.fusion_plan.fused == (("conv", "bn"),)
     assert [type(module) for module in fused.bn] == [nn.Dropout, nn.GELU if apply_act else nn.Identity]
+    assert relative(fused(X), evaluated(model, X)) < 1e-5
+
+
+@pytest.mark.parametrize("example", [X, None], ids=["example", "symbolic"])
+@pytest.mark.parametrize(
+    "layer", [BatchNormAct2d(8, eps=0.2, act_layer=nn.GELU), nn.BatchNorm2d(8)], ids=["act", "plain"]
+)
+def test_what_timm_freezes_folds_and_fuses(example: Tensor | None, layer: nn.Module) -> None:
+    model = timm.layers.freeze_batch_norm_2d(Net(bn=shake(copy.deepcopy(layer))))
+    kind = type(model.bn).__name__
+    with pytest.raises(NoBatchNormError, match="its 1 layers of frozen BN can only be folded and fused"):
+        bn_layers(model)
+    z = torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(1))
+    behind = model.bn.act if kind == "FrozenBatchNormAct2d" else nn.Identity()
+    assert relative(behind(fold_bn(model)["bn"](z)), model.bn(z)) < 1e-6
+    fused = fuse_bn(model, example)
+    assert fused.fusion_plan.fused == (("conv", "bn"),)
+    assert not any(type(module).__name__ == kind for module in fused.modules())
     assert relative(fused(X), evaluated(model, X)) < 1e-5
 
 

@@ -525,14 +525,14 @@ def test_momentum_none_averages_over_all_batches() -> None:
 
 def test_frozen_batch_norm_among_others_is_said_to_stay_as_it_is() -> None:
     model = nn.Sequential(torchvision.ops.FrozenBatchNorm2d(3), nn.BatchNorm2d(3))
-    with pytest.warns(BNSurgeryWarning, match=r"FrozenBatchNorm2d cannot train and stays as it is: '0'"):
+    with pytest.warns(BNSurgeryWarning, match=r"frozen BN cannot train and stays as it is: '0'"):
         frozen = freeze_except_bn(model)
     assert frozen.trainable == ("1.weight", "1.bias")
 
 
 def test_frozen_batch_norm_alone_cannot_train() -> None:
     model = nn.Sequential(torchvision.ops.FrozenBatchNorm2d(3))
-    with pytest.raises(NoBatchNormError, match="its 1 FrozenBatchNorm2d layers can only be folded and fused"):
+    with pytest.raises(NoBatchNormError, match="its 1 layers of frozen BN can only be folded and fused"):
         freeze_except_bn(model)
 
 

@@ -94,7 +94,7 @@ def test_without_strict_a_model_without_bn_warns_and_gives_nothing() -> None:
 
 def test_frozen_batch_norm_alone_is_refused_with_what_can_be_done_with_it() -> None:
     frozen = torchvision.ops.FrozenBatchNorm2d
-    message = r"layer that can train: its 2 FrozenBatchNorm2d layers can only be folded and fused$"
+    message = r"layer that can train: its 2 layers of frozen BN can only be folded and fused$"
     with pytest.raises(NoBatchNormError, match=message):
         bn_layers(nn.Sequential(frozen(3), frozen(4)))
     assert module.is_frozen_bn(frozen(3))

@@ -113,9 +113,10 @@ def _known_forwards() -> list[Any]:
 
 
 def _with_activation() -> list[Any]:
-    return _forwards("timm.layers.norm_act", "BatchNormAct2d", "SyncBatchNormAct")
+    return _forwards("timm.layers.norm_act", "BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
 
 
 def _forwards(module: str, *classes: str) -> list[Any]:
     """Of an optional package; where it has not been imported there are no instances."""
-    return [getattr(sys.modules[module], name).forward for name in classes] if module in sys.modules else []
+    found = (getattr(sys.modules.get(module), name, None) for name in classes)
+    return [own.forward for own in found if own is not None]

@@ -70,7 +70,7 @@ class Trace:
 
 
 def is_bn(module: nn.Module) -> bool:
-    """Whether this is a BN layer that folds: any that trains, or torchvision's FrozenBatchNorm2d."""
+    """Whether this is a BN layer that folds: any that trains, or frozen BN."""
     return isinstance(module, _BatchNorm) or is_frozen_bn(module)
 
 

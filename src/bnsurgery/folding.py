@@ -51,7 +51,8 @@ def fold_bn(model: nn.Module, *, strict: bool = True) -> dict[str, Affine]:
     Of timm's BatchNormAct2d it is the part before dropout and activation.
 
     Args:
-        model: any module; wrapped ones are looked through. FrozenBatchNorm2d counts here.
+        model: any module; wrapped ones are looked through. Torchvision's FrozenBatchNorm2d counts here,
+            and timm's FrozenBatchNormAct2d.
         strict: raise where there is no BN layer; with ``False`` warn and return an empty dict.
 
     Returns:
@@ -82,7 +83,7 @@ def fold_bn(model: nn.Module, *, strict: bool = True) -> dict[str, Affine]:
 
 
 def foldable(model: nn.Module, strict: bool) -> dict[str, nn.Module]:
-    """The BN layers by qualified name, FrozenBatchNorm2d too; where there are none, as ``strict`` says."""
+    """The BN layers by qualified name, frozen BN too; where there are none, as ``strict`` says."""
     layers = {name: module for name, module in named_modules(model) if is_bn(module)}
     if not layers or any(isinstance(layer, _BatchNorm) for layer in layers.values()):
         bn_layers(model, strict=strict)  # it knows what to raise: none, a lazy one, one without values

@@ -276,7 +276,7 @@ def _warn(model: nn.Module, layers: dict[str, _BatchNorm], stats: Stats) -> None
     frozen = [name for name, module in named_modules(model) if is_frozen_bn(module)]
     if layers and frozen:
         warnings.warn(
-            f"FrozenBatchNorm2d cannot train and stays as it is: {', '.join(map(repr, frozen))}",
+            f"frozen BN cannot train and stays as it is: {', '.join(map(repr, frozen))}",
             BNSurgeryWarning,
             stacklevel=3,
         )

@@ -65,7 +65,7 @@ def bn_layers(model: nn.Module, *, strict: bool = True) -> dict[str, _BatchNorm]
     if not found:
         message = f"{type(unwrap(model)).__name__} has no batch-normalization layer"
         if frozen:
-            message += f" that can train: its {frozen} FrozenBatchNorm2d layers can only be folded and fused"
+            message += f" that can train: its {frozen} layers of frozen BN can only be folded and fused"
         if strict:
             raise NoBatchNormError(message)
         warnings.warn(message, BNSurgeryWarning, stacklevel=2)
@@ -180,10 +180,12 @@ def select(names: Mapping[str, T], patterns: Iterable[str], what: str) -> dict[s
 
 
 def is_frozen_bn(module: nn.Module) -> bool:
-    """Whether this is torchvision's FrozenBatchNorm2d, which folds and fuses but cannot train."""
-    # Where torchvision has not been imported there is no instance, and it need not be imported to find that out.
-    misc = sys.modules.get("torchvision.ops.misc")
-    return misc is not None and isinstance(module, misc.FrozenBatchNorm2d)
+    """Whether this is torchvision's FrozenBatchNorm2d, or timm's of the kind: they fold and fuse, and cannot train."""
+    # Where their package has not been imported there is no instance, and it need not be imported to find that out.
+    known = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d"))
+    return any(
+        isinstance(module, kind) for package, name in known if (kind := getattr(sys.modules.get(package), name, None))
+    )
 
 
 def _is_compiled(module: nn.Module) -> bool:
