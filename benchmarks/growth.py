@@ -4,8 +4,8 @@
 
 Each case runs in a process of its own, on a small network: one run of ``adv_finetune`` with so many steps (with
 checkpoints, and with batches of changing size); a quarter as many calls of it, of ``evaluate``, of ``recalibrate_bn``
-and of what changes or copies a model; and as many calls as steps where each raises in the middle. The resident size is read 40 times. What
-counts is the second half: by then libraries have allocated what they keep.
+and of what changes or copies a model; and as many calls as steps where each raises in the middle. The resident size is
+read 40 times. What counts is the second half: by then libraries have allocated what they keep.
 """
 
 from __future__ import annotations

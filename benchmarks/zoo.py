@@ -36,9 +36,10 @@ from zoo import SEED, Architecture, case_of, timm_architectures, torchvision_arc
 from zoo_checks import OPERATIONS, bn_of, check, suits
 
 SECONDS = 1200.0
-GIBIBYTES = 8.0
+GIBIBYTES = 16.0
 PATIENCE = 0.25
 """Seconds between two looks at a process."""
+UNDER_WAY = {"verdict": "wrong", "note": "under way"}
 
 
 def run(architecture: Architecture, answer: Connection) -> None:
@@ -55,6 +56,7 @@ def run(architecture: Architecture, answer: Connection) -> None:
     answer.send(("", about))
     for operation in OPERATIONS:
         if suits(operation, case):
+            answer.send((operation, UNDER_WAY))
             answer.send((operation, check(operation, case)))
     answer.close()
 
@@ -88,8 +90,8 @@ def guarded(architecture: Architecture) -> dict[str, Any]:
     if ended or process.exitcode:
         reason = ended or f"the process ended with {process.exitcode}"
         done = found.setdefault("operations", {})
-        missing = next(operation for operation in OPERATIONS if operation not in done)
-        done[missing] = {"verdict": "wrong", "note": reason}
+        last = next((operation for operation, entry in done.items() if entry == UNDER_WAY), "build")
+        done[last] = {"verdict": "wrong", "note": reason}
     return found
 
 

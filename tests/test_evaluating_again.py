@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,14 +214,6 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="this is no state of bnsurgery"):
         measure(Half(stop=1), checkpoint=tmp_path / "c")
     assert not (tmp_path / "executed").exists()
-
-
-@pytest.fixture
-def handlers() -> Iterator[dict[int, object]]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield before
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_an_interrupt_saves_what_is_done_and_comes_at_once(

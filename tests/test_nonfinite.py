@@ -245,6 +245,11 @@ def test_is_finite_is_what_torch_says_of_each_value(numbers: list[float], half: 
     assert is_finite(tensors) == all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
+@pytest.mark.parametrize("number", [1e300, -1e39, torch.finfo(torch.float64).max])
+def test_numbers_that_only_float64_holds_are_finite(number: float) -> None:
+    assert is_finite([torch.tensor(number, dtype=torch.float64), torch.ones(2)])
+
+
 def test_undo_puts_back_parameters_state_and_groups_to_the_bit() -> None:
     for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.RAdam, torch.optim.Adagrad, torch.optim.Rprop):
         parameters = [nn.Parameter(torch.rand(3)), nn.Parameter(torch.rand(2, 2))]

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 import together
-from bnsurgery import BNSurgeryError, processes
+from bnsurgery import BNSurgeryError, LostProcessError, processes
+from bnsurgery import _states as states
+from bnsurgery._ranks import talking
 
 TESTS = Path(__file__).parent
 SCRIPT = str(TESTS / "together.py")
@@ -172,6 +174,61 @@ def test_a_number_that_goes_wrong_in_one_is_skipped_by_all() -> None:
     assert "a BN layer was given one value per channel" in second["left out said"][0]
 
 
+def test_a_number_that_goes_wrong_where_layers_wait_for_one_another_is_skipped_by_all() -> None:
+    first, second = results("waiting", 2)
+    for found in (first, second):
+        assert found["skipped"]["record"]["history"][0]["skipped"] == 1
+        assert equal(found["skipped"]["state"], found["without"]["state"])
+        assert found["both"]["record"]["history"][0]["skipped"] == 1
+        assert found["both"]["record"]["history"][0]["left_out"] == 0
+        assert found["both"]["record"]["steps"] == 2
+        assert "is not finite; the model is as after the last whole step" in found["both raised"]
+    assert "a number in another process is not finite" in first["said"][0]
+    assert "what the data gives as inputs is not finite" in second["said"][0]
+    assert "what the data gives as inputs is not finite" in first["both said"][0]
+    assert "a number in another process is not finite" in second["both said"][0]
+
+
+def test_one_example_in_a_process_is_enough_where_all_normalise_together() -> None:
+    x, y = together.batches()[1]
+    rows = [0, 1, 1, 2, 3]  # four of the first process, and one of the second, in any order
+    model = together.network("dense")
+    expected = together.tuned(model, data=[(x[rows], y[rows])], epochs=1, attack=None, train="all")
+    for found in results("waiting", 2):
+        close(found["one and four"]["state"], expected["state"], 1e-9)
+
+
+def test_statistics_that_no_step_moves_keep_their_bits() -> None:
+    for found in results("still", 2):
+        for name, before in found["before"].items():
+            after = found["after"][name]
+            kept = [key for key in before if "running" in key and (name != "branch" or ".clean." in key)]
+            assert len(kept) >= 4, name
+            assert all(torch.equal(before[key], after[key]) for key in kept), name
+        moved = found["after"]["branch"]
+        adversarial = [key for key in moved if "running" in key and ".adv." in key]
+        assert not all(torch.equal(found["before"]["branch"][key], moved[key]) for key in adversarial)
+
+
+@pytest.mark.parametrize("sync", ["buffers", "batch"])
+def test_where_the_data_of_one_ends_first_all_say_so_after_the_last_whole_step(sync: str) -> None:
+    for found in results("unequal", 2):
+        assert "the data of 1 of 2 processes has ended before that of the others" in found[sync]
+        assert equal(*found[sync, "states"])
+
+
+def test_data_that_differs_later_in_an_epoch_is_refused() -> None:
+    for found in results("unequal", 2):
+        assert "the processes were given different batches in this epoch" in found["later"]
+
+
+def test_what_the_first_process_cannot_write_is_said_by_all(tmp_path: Path) -> None:
+    for found in finished("unwritable", 2, tmp_path):
+        assert re.search("the folder .*none' does not exist", found["folder"])
+        for name in ("tune", "evaluate"):
+            assert re.search(r"cannot read the checkpoint .*c': Is a directory", found[name])
+
+
 # When a process is lost.
 
 
@@ -204,8 +261,19 @@ def test_where_one_is_told_to_end_all_save_and_end(tmp_path: Path) -> None:
     said = [process.communicate(timeout=120)[1] for process in (first, second)]
     assert second.returncode == -15
     assert first.returncode == 1
-    assert "another process of this run has been told to end; the checkpoint is written" in said[0]
+    assert "a process of this run has been told to end; the checkpoint is written" in said[0]
     assert finished("told", 2, tmp_path)[0]["record"]["steps"] == 8
+
+
+def test_one_that_is_told_to_end_late_in_a_step_ends_with_the_others(tmp_path: Path) -> None:
+    first, second = start("late", 2, str(tmp_path / "out"), tmp_path)
+    said = [process.communicate(timeout=120)[1] for process in (first, second)]
+    assert second.returncode == -15, said[1]
+    assert first.returncode == 1
+    assert "a process of this run has been told to end; the checkpoint is written" in said[0]
+    steps = states.load(tmp_path / "t", "adv_finetune")["tuning"]["step"]
+    assert steps == 3
+    assert finished("late", 2, tmp_path)[0]["record"]["steps"] == 8
 
 
 def test_torchrun_starts_a_run_again(tmp_path: Path) -> None:
@@ -268,6 +336,28 @@ def test_an_environment_that_lacks_something_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(BNSurgeryError, match="WORLD_SIZE is 2, and RANK, MASTER_PORT not set: start the script with"):
         processes().__enter__()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(BNSurgeryError, match=r"this is process 2 of its machine, from 0, which has 2 GPUs: start no"):
+        processes().__enter__()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:9"), True),
+        (torch.distributed.DistBackendError("anything"), True),
+        (RuntimeError("Tensors must be contiguous"), False),
+        (torch.OutOfMemoryError("CUDA out of memory while making a connection"), False),
+    ],
+)
+def test_only_what_others_are_gone_for_is_a_lost_process(error: RuntimeError, lost: bool) -> None:
+    with pytest.raises(LostProcessError if lost else type(error)) as caught, talking():
+        raise error
+    assert lost != (caught.value is error)
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan")])

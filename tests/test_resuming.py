@@ -27,6 +27,7 @@ from bnsurgery import (
     StepRecord,
 )
 from bnsurgery import _states as states
+from bnsurgery._checkpoints import load_optimizer
 from networks import SHARED, SMALL
 from test_attacks import World, lived_in
 from test_finetuning import (
@@ -633,14 +634,6 @@ def test_a_checkpoint_of_data_of_another_size_is_refused(tmp_path: Path, data: o
 # Signals.
 
 
-@pytest.fixture
-def handlers() -> Iterator[dict[int, object]]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield before
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def sends(number: int, during: str, seen: list[object] | None = None) -> dict[str, object]:
     """Sends this process a signal: while a step is made, or in a callback."""
     sent: list[int] = []
@@ -685,6 +678,7 @@ def test_an_interrupt_waits_for_the_step_and_the_checkpoint(tmp_path: Path, hand
     assert values(model) == values(whole)
 
 
+@pytest.mark.usefixtures("handlers")
 def test_a_second_interrupt_ends_the_step_at_once(tmp_path: Path) -> None:
     model = SMALL.build()
     before = values(model)
@@ -699,11 +693,134 @@ def test_a_second_interrupt_ends_the_step_at_once(tmp_path: Path) -> None:
     assert values(model) == before
 
 
-def test_an_interrupt_in_a_callback_comes_at_once(tmp_path: Path, handlers: dict[int, object]) -> None:
+def test_an_interrupt_in_a_callback_comes_at_once_and_nothing_is_lost(
+    tmp_path: Path, handlers: dict[int, object]
+) -> None:
+    path, whole, model = tmp_path / "c", noisy_model(), noisy_model()
+    options = {"epochs": 2, "checkpoint_every": math.inf}
+    expected = tune(whole, augmented(), **options)
     with pytest.raises(KeyboardInterrupt):
-        tune(SMALL.build(), batches(4, 4), epochs=2, checkpoint=tmp_path / "c", **sends(signal.SIGINT, "callback"))
-    assert read(tmp_path / "c")["tuning"]["step"] == 0
+        tune(noisy_model(), augmented(), checkpoint=path, **sends(signal.SIGINT, "callback"), **options)
+    state = read(path)
+    assert (state["tuning"]["step"], state["tuning"]["epoch"], state["history"]) == (3, 0, [])
     assert {number: signal.getsignal(number) for number in handlers} == handlers
+    epochs: list[int] = []
+    result = tune(model, augmented(), checkpoint=path, callbacks=lambda own, _: epochs.append(own.epoch), **options)
+    assert epochs == [0, 1]
+    assert plain(result) == plain(expected)
+    assert values(model) == values(whole)
+
+
+@pytest.mark.parametrize("ended", ["max_steps", "callback"])
+def test_a_run_killed_in_the_callbacks_of_its_last_epoch_makes_no_further_step(tmp_path: Path, ended: str) -> None:
+    path, whole, model = tmp_path / "c", noisy_model(), noisy_model()
+    options = {"epochs": 3, "max_steps": 5} if ended == "max_steps" else {"epochs": 3}
+
+    def at_step(record: StepRecord, _: nn.Module) -> bool:
+        return ended == "callback" and record.step == 4
+
+    def killed(record: EpochRecord, _: nn.Module) -> None:
+        if record.epoch == 1:
+            raise Killed
+
+    expected = tune(whole, augmented(), on_step=at_step, **options)
+    assert (expected.steps, expected.ended) == (5, ended)
+    with pytest.raises(Killed):
+        tune(noisy_model(), augmented(), checkpoint=path, callbacks=killed, on_step=at_step, **options)
+    assert plain(tune(model, augmented(), checkpoint=path, on_step=at_step, **options)) == plain(expected)
+    assert values(model) == values(whole)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_an_interrupt_between_two_steps_waits_for_the_checkpoint_too(tmp_path: Path) -> None:
+    def interrupted(record: StepRecord, _: nn.Module) -> None:
+        if record.step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(noisy_model(), augmented(), checkpoint=tmp_path / "c", checkpoint_every=math.inf, on_step=interrupted)
+    assert read(tmp_path / "c")["tuning"]["step"] == 2
+
+
+def test_where_a_hook_takes_no_other_layout_a_run_that_goes_on_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """The first step of a call finds that out in the middle, after dropout has drawn."""
+
+    def network() -> nn.Module:
+        model = noisy_model()
+        model[2] = nn.Sequential(nn.Dropout(0.3), nn.ReLU())
+        model[2][1].register_forward_hook(look)
+        return model
+
+    def look(_: nn.Module, __: object, out: Tensor) -> None:
+        seen.append(out.view(len(out), -1).shape)
+
+    seen: list[torch.Size] = []
+
+    options = {"epochs": 2, "train": "all", "checkpoint_every": 0}
+    whole, model = network(), network()
+    expected = tune(whole, augmented(), **options)
+    with pytest.raises(Killed):
+        tune(network(), augmented(), checkpoint=tmp_path / "c", on_step=killed_at(3), **options)
+    assert plain(tune(model, augmented(), checkpoint=tmp_path / "c", **options)) == plain(expected)
+    assert values(model) == values(whole)
+
+
+class Wide(torch.optim.SGD):
+    """Keeps what it adds up in float64, whatever the parameters are."""
+
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                total = state.setdefault("sum", torch.zeros_like(parameter, dtype=torch.float64))
+                total.add_(parameter.grad.double(), alpha=1 / 3)
+                parameter.data.sub_(0.1 * total.to(parameter.dtype))
+
+
+def test_an_optimizers_state_keeps_its_dtypes(tmp_path: Path) -> None:
+    options = {"epochs": 2, "checkpoint_every": 0, "optimizer": lambda parameters: Wide(parameters, lr=0.1)}
+    whole, model = noisy_model(), noisy_model()
+    tune(whole, augmented(), **options)
+    with pytest.raises(Killed):
+        tune(noisy_model(), augmented(), checkpoint=tmp_path / "c", on_step=killed_at(3), **options)
+    assert {value.dtype for own in read(tmp_path / "c")["optimizer"]["state"].values() for value in own.values()} == {
+        torch.float64
+    }
+    tune(model, augmented(), checkpoint=tmp_path / "c", **options)
+    assert values(model) == values(whole)
+
+
+def test_the_state_of_an_optimizer_for_sparse_gradients_is_taken() -> None:
+    layer = nn.Embedding(5, 2, sparse=True)
+    optimizer = torch.optim.SparseAdam(layer.parameters())
+    layer(torch.tensor([1, 3])).sum().backward()
+    optimizer.step()
+    again = torch.optim.SparseAdam(layer.parameters())
+    load_optimizer(again, optimizer.state_dict())
+    assert str(again.state_dict()) == str(optimizer.state_dict())
+
+
+def test_a_state_that_cannot_be_kept_warns_once_it_is_there_and_the_run_goes_on(tmp_path: Path) -> None:
+    class Odd(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:
+            super().step(closure)
+            for group in self.param_groups:
+                self.state[group["params"][0]]["odd"] = object()
+
+    model = noisy_model()
+    with pytest.warns(BNSurgeryWarning, match=r"after step 3 \(the state of the run cannot be kept .* got a object\)"):
+        result = tune(model, augmented(), checkpoint=tmp_path / "c", optimizer=lambda own: Odd(own, lr=0.1))
+    assert result.steps == 3
+    assert read(tmp_path / "c")["tuning"]["step"] == 0
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int32(3), np.bool_(True)])
+def test_numbers_of_numpy_are_kept(number: np.generic) -> None:
+    found = states.loaded(states.dumped("kind", {"own": number}), "kind")["own"]
+    assert found == number.item()
+    assert type(found) is type(number.item())
 
 
 def test_a_handler_of_the_callers_own_is_called_after_the_checkpoint_and_may_let_the_run_go_on(

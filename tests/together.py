@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from bnsurgery import PGD, Processes, adv_finetune, bn_layers, evaluate, processes, recalibrate_bn, split_bn
+from bnsurgery import (
+    PGD,
+    CheckpointError,
+    NonFiniteError,
+    Processes,
+    adv_finetune,
+    bn_layers,
+    evaluate,
+    processes,
+    recalibrate_bn,
+    split_bn,
+)
 from networks import SHARED, SMALL
 
 DTYPE = torch.float64
@@ -59,7 +70,7 @@ def once(marker: Path) -> bool:
 def refusal(task: Callable[[], object]) -> str:
     try:
         task()
-    except ValueError as error:
+    except (ValueError, OSError, CheckpointError) as error:
         return str(error)
     return "none"
 
@@ -201,6 +212,111 @@ def troubled(own: Processes, _: Path) -> Any:
     found["left out without"] = tuned(
         network("dense"), data=[mine[0], mine[2]], shard="none", epochs=1, schedule="constant", attack=None
     )
+    return found
+
+
+@job
+def waiting(own: Processes, _: Path) -> Any:
+    """As troubled, where each layer of a pass waits for the other processes; what differs is decided alike."""
+    import warnings
+
+    x, y = batches()[1]
+    bad = x.clone()
+    bad[1] = float("nan")  # a row of the second process
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = [batches()[0], (bad, y), batches()[2]]
+        found["skipped"] = tuned(network(), data=data, epochs=1, schedule="constant", sync="batch")
+    found["said"] = [str(warning.message) for warning in caught]
+    data = [batches()[0], batches()[2]]
+    found["without"] = tuned(network(), data=data, epochs=1, schedule="constant", sync="batch")
+    # One example in one process: together they are enough.
+    count = 1 if own.rank else 4
+    mine = [(x[own.rank : own.rank + count], y[own.rank : own.rank + count])]
+    options = {"shard": "none", "epochs": 1, "attack": None, "sync": "batch", "train": "all"}
+    found["one and four"] = tuned(network("dense"), data=mine, **options)
+    # Of two troubles one is decided for.
+    bad = x[:4].clone()
+    bad[0] = float("nan")
+    mine = [(x[:4], y[:4]), (x[:1], y[:1]) if own.rank else (bad, y[:4])]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options = {"shard": "none", "epochs": 1, "attack": None}
+        found["both"] = tuned(network("dense"), data=mine, **options)
+    found["both said"] = [str(warning.message) for warning in caught]
+    try:
+        tuned(network("dense"), data=mine, on_nonfinite="raise", **options)
+    except NonFiniteError as error:
+        found["both raised"] = str(error)
+    return found
+
+
+@job
+def still(_: Processes, __: Path) -> Any:
+    """Statistics that no step moves, in float32."""
+    data = batches(torch.float32)
+    models = {name: network(dtype=torch.float32) for name in ("frozen", "consistent")}
+    models["branch"] = split_bn(network(dtype=torch.float32))
+    before = {name: {key: value.clone() for key, value in own.state_dict().items()} for name, own in models.items()}
+    tuned(models["frozen"], data=data, train="bn-params")
+    tuned(models["consistent"], data=data, train="all", consistent_bn_after=0)
+    tuned(models["branch"], data=data, train="all")
+    after = {name: dict(own.state_dict()) for name, own in models.items()}
+    return {"before": before, "after": after}
+
+
+@job
+def unequal(own: Processes, _: Path) -> Any:
+    """Data that does not say how long it is, and is not as long in each."""
+
+    class Stream:
+        def __init__(self, rows: list[tuple[Tensor, Tensor]]) -> None:
+            self.rows = rows
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(self.rows)
+
+    found: dict[str, Any] = {}
+    for sync in ("buffers", "batch"):
+        model, same = network("dense"), network("dense")
+        data = batches()[:3]
+        options = {"shard": "none", "epochs": 1, "attack": None, "sync": sync, "schedule": "constant"}
+        found[sync] = refusal(lambda: tuned(model, data=Stream(data[: 3 - own.rank]), **options))  # noqa: B023
+        tuned(same, data=Stream(data[:2]), **options)
+        found[sync, "states"] = [dict(model.state_dict()), dict(same.state_dict())]
+    first, second, third = batches()[:3]
+    other = (third[0].flip(0), third[1].flip(0))
+    rows = [first, second, other if own.rank else third]
+    found["later"] = refusal(lambda: tuned(network("dense"), data=Stream(rows), epochs=1))
+    return found
+
+
+@job
+def late(own: Processes, folder: Path) -> Any:
+    """The second process is told to end when the others have been asked already: all end a step later."""
+    import signal
+
+    def at(record: Any, _: nn.Module) -> None:
+        if record.step == 1 and own.rank == 1 and once(folder / "told"):
+            signal.raise_signal(signal.SIGTERM)
+
+    return tuned(network("dense"), on_step=at, checkpoint=folder / "t", checkpoint_every=1e9)
+
+
+@job
+def unwritable(own: Processes, folder: Path) -> Any:
+    """Folders and files that the first process alone looks at."""
+    found = {"folder": refusal(lambda: tuned(network(), checkpoint=folder / "none" / "c"))}
+    place = folder / "c"
+    if own.first:
+        place.mkdir(exist_ok=True)  # where a file is to be
+    own_path = place if own.first else folder / "elsewhere"
+    for name, task in (
+        ("tune", lambda: tuned(network(), checkpoint=own_path)),
+        ("evaluate", lambda: evaluate(SMALL.build(), (SMALL.example(4), SMALL.labels(4)), checkpoint=own_path)),
+    ):
+        found[name] = refusal(task)
     return found
 
 

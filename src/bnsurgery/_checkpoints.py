@@ -126,13 +126,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         if _options(now) != _options(was):
             raise ValueError(f"the options of the optimizer are {_options(was)}, expected {_options(now)}")
     optimizer.load_state_dict(state)
+    _keep_dtypes(optimizer, state)
     if type(optimizer).__module__.split(".")[:2] != ["torch", "optim"]:
         return  # another one may count its steps elsewhere
+    if isinstance(optimizer, (torch.optim.SparseAdam, torch.optim.LBFGS)):
+        return  # these want sparse gradients, and a closure
     undo = Undo(optimizer)
     undo.note()
     try:
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
+            for parameter in filter(lambda own: own.requires_grad, group["params"]):
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     except Exception as error:
@@ -140,6 +143,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     finally:
         optimizer.zero_grad(set_to_none=True)
         undo.restore()
+
+
+def _keep_dtypes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """What has been loaded gets back the dtypes that it was saved in; torch casts to those of the parameters."""
+    for now, was in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for parameter, index in zip(now["params"], was["params"], strict=True):
+            for name, saved in state["state"].get(index, {}).items():
+                held = optimizer.state[parameter].get(name)
+                if isinstance(saved, Tensor) and isinstance(held, Tensor) and held.dtype != saved.dtype:
+                    optimizer.state[parameter][name] = saved.to(held.device)
 
 
 def _options(group: dict[str, Any]) -> dict[str, str]:

@@ -35,6 +35,8 @@ class Keeper:
     def __init__(
         self,
         path: Path | None,
+        tuning: Tuning,
+        data: Data,
         *,
         every: float,
         configuration: dict[str, Any],
@@ -45,8 +47,13 @@ class Keeper:
         share: Share,
         signals: Signals,
         seed: int,
+        before_callbacks: bool,
     ) -> None:
-        """``targets`` are the tensors that the run changes; ``generator`` is the attack's."""
+        """``targets`` are the tensors that the run changes; ``generator`` is the attack's.
+
+        ``before_callbacks``: to be written too when an epoch has ended but for its callbacks.
+        """
+        self._tuning, self._data, self._before_callbacks = tuning, data, before_callbacks
         self._path, self._every, self._configuration = path, every, configuration
         self._targets, self._optimizer = targets, optimizer
         self._device, self._generator, self._seed = device, generator, seed
@@ -55,7 +62,7 @@ class Keeper:
         self.history: list[EpochRecord] = []
         self.ended = "epochs"
 
-    def begin(self, tuning: Tuning, data: Data, *, same: bool) -> None:
+    def begin(self, *, same: bool) -> None:
         """Goes on from the checkpoint, or writes the first one, before any work that could be lost.
 
         Raises:
@@ -66,7 +73,8 @@ class Keeper:
             return
         state = _states.of_first(self._ranks, self._path, _checkpoints.KIND)
         if state is None:
-            self._save(tuning, data)
+            state = self._state()
+            self._ranks.first_does(lambda: self._write(state))
             return
         _checkpoints.require_same(self._path, state, self._configuration)
         before = Snapshot(self._targets().values())
@@ -75,7 +83,7 @@ class Keeper:
             undo.note()
         whole = False
         try:
-            self._restore(self._path, state, tuning, data, same=same)
+            self._restore(self._path, state, same=same)
             whole = True
         finally:
             if not whole:
@@ -84,11 +92,11 @@ class Keeper:
                     undo.restore()
         self._written = time.monotonic()
 
-    def _restore(self, path: Path, state: dict[str, Any], tuning: Tuning, data: Data, *, same: bool) -> None:
+    def _restore(self, path: Path, state: dict[str, Any], *, same: bool) -> None:
         targets = self._targets()
         self.history, self.ended = _checkpoints.restore(path, state, targets, self._optimizer)
         with _states.taken_apart(path):
-            tuning.restore(state["tuning"], len(self.history))
+            self._tuning.restore(state["tuning"], len(self.history))
             own = self._own(state["processes"])
             with torch.no_grad():
                 for name, value in own["statistics"].items():
@@ -96,7 +104,7 @@ class Keeper:
             self._generator.set_state(state["attack"])
             found = Place(**own["data"])
         if self.ended == "epochs":
-            data.restore(path, found, tuning.epoch, same=same)
+            self._data.restore(path, found, self._tuning.epoch, same=same)
         with _states.taken_apart(path):
             if own["random"] is not None:
                 set_global_random_state(own["random"], self._device)
@@ -106,64 +114,81 @@ class Keeper:
         due = self._ranks.first and time.monotonic() - self._written >= self._every
         return {"save": due, "stop": self._signals.noted is not None}
 
-    def step_done(self, tuning: Tuning, data: Data) -> None:
-        """Writes a checkpoint after a step where it is time, or where a signal asks this process to end."""
+    def step_done(self, last: bool) -> None:
+        """Writes a checkpoint after a step where it is time, or where a signal asks this process to end.
+
+        ``last``: the epoch ends with it; its callbacks are to come.
+        """
         if self._path is None:
             return
         asked = self.asked() if self._ranks.alone else self._share.asked
-        if asked["save"] or asked["stop"]:
-            self._try_to_save(tuning, data)
-        self._end_where_told(asked["stop"])
+        if asked["save"] or asked["stop"] or (last and self._before_callbacks):
+            self._try_to_save()
+        if asked["stop"]:
+            self._end()
 
-    def epoch_done(self, tuning: Tuning, data: Data) -> None:
+    def epoch_done(self) -> None:
         """Writes a checkpoint after an epoch."""
-        if self._path is not None:
-            self._try_to_save(tuning, data)
-            self._signals.deliver()
+        if self._path is None:
+            return
+        self._try_to_save()
+        if self._ranks.any(self._signals.noted is not None):
+            self._end()
 
-    def _end_where_told(self, stop: bool) -> None:
-        """Lets a signal that has been held back do what it does; another process's ends this one too."""
-        told = self._signals.noted is not None
+    def _end(self) -> None:
+        """Lets a signal that has been held back do what it does; of several processes, those of all end.
+
+        Returns where this process is alone and a handler of the caller's own does.
+        """
         self._signals.deliver()
-        if stop and not told:
+        if not self._ranks.alone:
             raise BNSurgeryError(
-                "another process of this run has been told to end; the checkpoint is written, and starting all of them "
-                "again goes on from it"
+                "a process of this run has been told to end; the checkpoint is written, and starting all of them again "
+                "goes on from it"
             )
 
-    def _try_to_save(self, tuning: Tuning, data: Data) -> None:
+    def _try_to_save(self) -> None:
         """Writes a checkpoint; where that fails, the run goes on, and the one before it stays."""
+        state = self._state()
         try:
-            self._save(tuning, data)
-        except OSError as error:
-            self._written, reason = time.monotonic(), error.strerror or error
+            if self._ranks.first:
+                self._write(state)
+        except (OSError, BNSurgeryError) as error:
+            self._written = time.monotonic()
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
             warnings.warn(
-                f"cannot write the checkpoint {str(self._path)!r} after step {tuning.step} ({reason}): the run goes "
-                "on, and the last one that was written stays",
+                f"cannot write the checkpoint {str(self._path)!r} after step {self._tuning.step} ({reason}): the run "
+                "goes on, and the last one that was written stays",
                 BNSurgeryWarning,
                 stacklevel=5,
             )
 
-    def _save(self, tuning: Tuning, data: Data) -> None:
+    def _state(self) -> dict[str, Any]:
+        """What the first process writes; each contributes its own."""
         targets = self._targets()
         statistics = {}
         if self._share.sync == "none" and not self._ranks.alone:
             statistics = {name: tensor.detach().cpu() for name, tensor in targets.items() if ".running_" in f".{name}"}
-        own = {"data": asdict(data.state()), "random": global_random_state(self._device), "statistics": statistics}
-        processes = self._ranks.gather(own)
-        if self._path is None or not self._ranks.first:
-            return
-        state = {
+        own = {
+            "data": asdict(self._data.state()),
+            "random": global_random_state(self._device),
+            "statistics": statistics,
+        }
+        return {
             "attack": self._generator.get_state(),
             "configuration": self._configuration,
             "ended": self.ended,
             "history": [asdict(epoch) for epoch in self.history],
             "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
-            "processes": processes,
+            "processes": self._ranks.gather(own),
             "tensors": targets,
-            "tuning": tuning.state(),
-            "under_way": data.under_way,
+            "tuning": self._tuning.state(),
+            "under_way": self._data.under_way,
         }
+
+    def _write(self, state: dict[str, Any]) -> None:
+        if self._path is None:
+            return
         try:
             _states.save(self._path, _checkpoints.KIND, state)
         except TypeError as error:

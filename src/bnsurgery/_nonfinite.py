@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -19,16 +20,20 @@ class _Found(Exception):  # noqa: N818 - not an error: it ends a forward pass
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all values of some tensors are finite: one answer from the device, in few operations."""
+    return math.isfinite(float(largest(tensors)))
+
+
+def largest(tensors: Iterable[Tensor]) -> Tensor:
+    """The largest magnitude in some tensors, float64 (): it cannot overflow, and is NaN where one value is."""
     floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     if not floating:
-        return True
-    # The largest entry, which cannot overflow.
+        return torch.zeros((), dtype=torch.float64)
     norms = [torch.linalg.vector_norm(part, torch.inf) for part in floating if part.layout != torch.strided]
     dense = [part for part in floating if part.layout == torch.strided]
     for group in {(part.device, part.dtype) for part in dense}:
         norms += torch._foreach_norm([part for part in dense if (part.device, part.dtype) == group], torch.inf)
     where = norms[0].device
-    return bool(torch.stack([norm.float().to(where) for norm in norms]).isfinite().all())
+    return torch.stack([norm.double().to(where) for norm in norms]).max()
 
 
 def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bnsurgery.errors import LostProcessError
+from bnsurgery.errors import BNSurgeryError, LostProcessError
 
 T = TypeVar("T")
+_SIGNS = ("gloo", "NCCL", "onnection", "imed out", "imeout", "roken pipe", "ocket", "eer")
+"""Parts of what backends say, some as plain RuntimeErrors, where another process cannot be reached."""
 
 
 def distributed() -> bool:
@@ -75,6 +77,22 @@ class Ranks:
             dist.broadcast_object_list(said, src=0)
         return said[0]
 
+    def first_does(self, task: Callable[[], None]) -> None:
+        """The first process does something; what it raises there is raised on all of them.
+
+        Raises:
+            OSError, BNSurgeryError: from the task.
+        """
+        failed: Exception | None = None
+        if self.first:
+            try:
+                task()
+            except (OSError, BNSurgeryError) as error:
+                failed = error
+        failed = self.of_first(failed)
+        if failed is not None:
+            raise failed
+
     def as_first(self, tensors: list[Tensor]) -> None:
         """Makes tensors on all processes what they are on the first, in place."""
         if self.alone:
@@ -93,6 +111,9 @@ def talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        known = isinstance(error, getattr(dist, "DistError", ())) or any(sign in str(error) for sign in _SIGNS)
+        if isinstance(error, torch.OutOfMemoryError) or not known:
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise LostProcessError(
             f"another process of this run is gone, or has not answered in time ({reason}): look for the error of the "

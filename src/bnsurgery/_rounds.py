@@ -72,7 +72,7 @@ class Rounds:
                 self.correct = self._clean()
                 self._run.robust = self.correct.clone()
                 with self._signals.held():
-                    self._save()
+                    self._ranks.first_does(lambda: self._save(first=True))
                 self._signals.deliver()
             for number in range(len(self.rows), len(self._attacks)):
                 self._attack(number)
@@ -140,7 +140,7 @@ class Rounds:
         if self._changed:
             self._save()
 
-    def _save(self) -> None:
+    def _save(self, *, first: bool = False) -> None:
         """Writes how far it is; where that fails after the first time, the evaluation goes on."""
         if self._path is None or not self._ranks.first:
             return
@@ -154,7 +154,6 @@ class Rounds:
             "under_way": None if self._under is None else vars(self._under),
             "adversarial": self._run.adversarial[broken] if self._keep else None,
         }
-        first = not self._path.exists()
         try:
             _states.save(self._path, KIND, state)
         except OSError as error:

@@ -105,6 +105,13 @@ class Share:
     def __init__(self, ranks: Ranks, root: nn.Module, *, split: bool, sync: Sync) -> None:
         self.ranks, self._root, self.split, self.sync = ranks, root, split, sync
         self.asked = dict.fromkeys(self.ASKED, False)
+        self._passes_together = not ranks.alone and (sync == "batch" or waits_for_others(root))
+        self._before: list[Tensor] = []
+
+    def note(self) -> None:
+        """A step begins: remembers the statistics as they are now, the same in all processes."""
+        if not (self.ranks.alone or self.sync == "none"):
+            self._before = [buffer.detach().clone() for buffer in _moving(self._root)]
 
     def rows(self, x: Tensor, y: Tensor, clean: int, *, parted: bool) -> Rows:
         """This process's rows of a batch whose first ``clean`` examples stay clean.
@@ -128,18 +135,58 @@ class Share:
 
     def normalising(self, rows: Rows) -> AbstractContextManager[Any]:
         """While a batch passes, BN layers in training normalise by that of all processes (``sync="batch"``)."""
-        return _AllRanks(self.ranks.world) if self._synchronised(rows) else nullcontext()
+        together = self.sync == "batch" and not self.ranks.alone and not rows.alone
+        return _AllRanks(self.ranks.world) if together else nullcontext()
 
-    def weight(self, rows: Rows, device: torch.device) -> float | None:
-        """What a process's mean loss is multiplied by before its backward pass; None: nothing."""
-        if not self._synchronised(rows):
-            return None
-        count = torch.tensor([float(len(rows.x))], device=device)
-        self.ranks.add_up(count)
-        return len(rows.x) / float(count)
+    def agree(self, rows: Rows, trouble: str | None, device: torch.device) -> tuple[float | None, bool]:
+        """Before a pass in which processes wait for one another: whether all of them are to make it.
 
-    def _synchronised(self, rows: Rows) -> bool:
-        return self.sync == "batch" and not self.ranks.alone and not rows.alone
+        Returns:
+            What this process's mean loss is multiplied by before its backward pass (None: nothing, as each passes by
+            itself), and whether any process has a trouble: then none is to pass.
+
+        Raises:
+            ValueError: the data of another process has ended.
+        """
+        if not self._passes_together:
+            return None, False
+        told = torch.tensor([len(rows.x), trouble is not None, False], dtype=torch.float64, device=device)
+        self.ranks.add_up(told)
+        count, troubles, ended = told.tolist()
+        self._require_batches(ended)
+        return None if rows.alone else len(rows.x) / count, troubles > 0
+
+    def ended(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+        """The first exchange of a step for which this process has no batch: its data has ended.
+
+        Raises:
+            ValueError: that of another process has not.
+        """
+        self.asked = dict.fromkeys(self.ASKED, False)
+        if self.ranks.alone:
+            return
+        if self._passes_together:
+            told = torch.tensor([0, False, True], dtype=torch.float64, device=device)
+        else:
+            targets = list(parameters)
+            moving = self._moving()
+            size = 3 + len(self.TROUBLES) + len(self.ASKED) + len(targets)
+            size += sum(tensor.numel() for tensor in (*targets, *moving))
+            told = torch.zeros(1 + size, dtype=_wide(targets, moving), device=device)
+            told[0] = 1.0
+        self.ranks.add_up(told)
+        self._require_batches(float(told[2 if self._passes_together else 0]))
+
+    def _require_batches(self, ended: float) -> None:
+        if 0 < ended < self.ranks.world:
+            raise ValueError(
+                f"the data of {round(ended)} of {self.ranks.world} processes has ended before that of the others: give "
+                "all of them equally many batches (see DistributedSampler)"
+            )
+
+    def _moving(self) -> list[Tensor]:
+        """The statistics that are exchanged."""
+        return [] if self.sync == "none" else _moving(self._root)
 
     def add_up(
         self,
@@ -155,19 +202,23 @@ class Share:
     ) -> Sum:
         """The one exchange of a step: gradients and statistics become those of all processes.
 
-        Statistics are averaged over the processes, by their examples; not so with ``sync="none"``. ``weighted``: the
-        gradients are those of a loss multiplied by :meth:`weight`. ``loss`` and ``wrong`` are means over this process's
+        By how much statistics have moved is averaged over the processes, by their examples (those that have not moved
+        keep their bits); not so with ``sync="none"``. ``weighted``: the gradients are those of a loss multiplied by
+        what :meth:`agree` gave. ``loss`` and ``wrong`` are means over this process's
         rows, ``trouble`` is what keeps it from making the step, and ``asked`` what it asks of all.
+
+        Raises:
+            ValueError: the data of another process has ended.
         """
         count = len(rows.x) / (self.ranks.world if rows.alone else 1)
         by = 1.0 if weighted else count  # gradients of a mean that has its weight already add up as they are
         gradients = [] if trouble else [p for p in parameters if p.grad is not None]
         # A parameter that no loss reaches has no gradient, on this process; others may have one.
         targets = list(parameters)
-        moving = [] if self.sync == "none" else _moving(self._root)
-        wide = torch.float64 if any(t.dtype == torch.float64 for t in (*targets, *moving)) else torch.float32
+        moving = self._moving()
+        wide = _wide(targets, moving)
         have = {id(p) for p in gradients}
-        said = [count, loss * count, wrong * count]
+        said = [0.0, count, loss * count, wrong * count]
         said += [float(trouble == name) for name in self.TROUBLES] + [float(asked[name]) for name in self.ASKED]
         said += [float(id(p) in have) for p in targets]
         flat = torch.cat(
@@ -179,16 +230,20 @@ class Share:
                     else torch.zeros(p.numel(), dtype=wide, device=device)
                     for p in targets
                 ),
-                *(torch.nan_to_num(buffer.to(device, wide).flatten()) * count for buffer in moving),
+                *(
+                    _moved(buffer, before).to(device, wide).flatten() * count
+                    for buffer, before in zip(moving, self._before, strict=True)
+                ),
             ]
         )
         self.ranks.add_up(flat)
         sizes = [len(said), *(p.numel() for p in targets), *(buffer.numel() for buffer in moving)]
         head, *parts = torch.split(flat, sizes)
         numbers = head.tolist()
-        total = numbers[0]
-        begin = 3 + len(self.TROUBLES)
-        troubles = dict(zip(self.TROUBLES, map(int, numbers[3:begin]), strict=True))
+        self._require_batches(numbers[0])
+        total = numbers[1]
+        begin = 4 + len(self.TROUBLES)
+        troubles = dict(zip(self.TROUBLES, map(int, numbers[4:begin]), strict=True))
         self.asked = {name: value > 0 for name, value in zip(self.ASKED, numbers[begin:], strict=False)}
         if not any(troubles.values()):
             reached = numbers[begin + len(self.ASKED) :]
@@ -197,9 +252,9 @@ class Share:
                     mean = gradient if weighted else gradient / total
                     parameter.grad = mean.view_as(parameter).to(parameter.device, parameter.dtype)
             with torch.no_grad():
-                for buffer, value in zip(moving, parts[len(targets) :], strict=True):
-                    buffer.copy_((value / total).view_as(buffer))
-        return Sum(numbers[1] / total, numbers[2] / total, round(total), troubles)
+                for buffer, before, by_how_much in zip(moving, self._before, parts[len(targets) :], strict=True):
+                    buffer.copy_(before + (by_how_much / total).view_as(buffer).to(before.device))
+        return Sum(numbers[2] / total, numbers[3] / total, round(total), troubles)
 
 
 def _moving(root: nn.Module) -> list[Tensor]:
@@ -207,6 +262,21 @@ def _moving(root: nn.Module) -> list[Tensor]:
     layers = [layer for layer in root.modules() if isinstance(layer, _BatchNorm) and has_statistics(layer)]
     buffers = [statistics(layer)[name] for layer in layers for name in ("running_mean", "running_var")]
     return list({id(buffer): buffer for buffer in buffers}.values())
+
+
+def _moved(buffer: Tensor, before: Tensor) -> Tensor:
+    """By how much values have moved; infinity, which may be there on purpose, by nothing where it is still there."""
+    return torch.where(buffer == before, torch.zeros_like(before), buffer - before)
+
+
+def _wide(parameters: list[nn.Parameter], moving: list[Tensor]) -> torch.dtype:
+    """What the exchange is in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in (*parameters, *moving)) else torch.float32
+
+
+def waits_for_others(model: nn.Module) -> bool:
+    """Whether a pass of a model waits for the other processes."""
+    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
 
 
 class _AllRanks(TorchFunctionMode):
@@ -302,4 +372,4 @@ class _Together(torch.autograd.Function):
         )
 
 
-__all__ = ["SHARD", "SYNC", "Rows", "Shard", "Share", "Sum", "Sync", "splits", "without_ddp"]
+__all__ = ["SHARD", "SYNC", "Rows", "Shard", "Share", "Sum", "Sync", "splits", "waits_for_others", "without_ddp"]

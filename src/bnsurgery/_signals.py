@@ -46,6 +46,15 @@ class Signals:
             signal.raise_signal(noted)
 
     @contextmanager
+    def let_through(self) -> Iterator[None]:
+        """A signal that comes in the block, itself inside of :meth:`held`, does what it always did, at once."""
+        self._holding = False
+        try:
+            yield
+        finally:
+            self._holding = True
+
+    @contextmanager
     def held(self) -> Iterator[None]:
         """A signal that comes in the block is noted; a second one does what it always did, at once."""
         self._holding = True

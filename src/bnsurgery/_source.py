@@ -101,13 +101,23 @@ class Data:
                 'same data in the same order (seed what you build it with), or say shard="none" where each has its own'
             )
 
+    def check_same(self) -> None:
+        """Raises :class:`ValueError` where processes that share each batch were not given the same in an epoch."""
+        ranks = self._share.ranks
+        if self._share.split and len(set(ranks.gather(self._digest))) > 1:
+            raise ValueError(
+                "the processes were given different batches in this epoch, of which each has taken its rows: give all "
+                "of them the same data in the same order (random numbers that NumPy or Python draw in workers are not "
+                'seeded alike by themselves), or say shard="none" where each has its own'
+            )
+
     def draw(self) -> Any:
         """The next batch, or ``END``."""
         with self.stream.flowing():
             batch = next(self._iterator, END)
         if batch is not END:
             self.position += 1
-            if self._watched:
+            if self._watched or self._share.split:
                 self._digest = hashlib.sha256(f"{self._digest}{_signature(batch)}".encode()).hexdigest()[:32]
         return batch
 

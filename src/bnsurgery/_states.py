@@ -35,6 +35,13 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.name}.previous")
 
 
+def require_folder(path: Path | None) -> None:
+    """Raises :class:`ValueError`, on all processes, where the folder of a checkpoint, on the first, is not there."""
+    ranks = Ranks()
+    if path is not None and not ranks.of_first(path.parent.is_dir()):
+        raise ValueError(f"checkpoint={str(path)!r}: the folder {str(path.parent)!r} does not exist")
+
+
 def save(path: Path, kind: str, state: dict[str, Any]) -> None:
     """Writes a state: None, booleans, numbers, strings, lists, tuples, dicts, NumPy arrays and tensors, nested.
 
@@ -74,11 +81,12 @@ def of_first(ranks: Ranks, path: Path, kind: str) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: it cannot be read, nor the one before it; on all of them.
+        OSError: its folder cannot be looked at; on all of them.
     """
-    found: bytes | str | None = None
+    found: bytes | str | OSError | None = None
     if ranks.first:
-        clear_partials(path)
         try:
+            clear_partials(path)
             state = load(path, kind) if path.exists() else None
             if ranks.alone:
                 return state
@@ -87,7 +95,11 @@ def of_first(ranks: Ranks, path: Path, kind: str) -> dict[str, Any] | None:
             if ranks.alone:
                 raise
             found = str(error)
+        except OSError as error:
+            found = error
     found = ranks.of_first(found)
+    if isinstance(found, OSError):
+        raise found
     if isinstance(found, str):
         raise CheckpointError(found)
     return None if found is None else loaded(found, kind)
@@ -187,8 +199,8 @@ def _packed(value: Any, tensors: list[Tensor]) -> Any:
         return {"tensor": [len(tensors) - 1, str(value.dtype).removeprefix("torch."), list(value.shape)]}
     if isinstance(value, np.ndarray):
         return {"array": [str(value.dtype), value.tolist()]}
-    if isinstance(value, np.integer):
-        return int(value)
+    if isinstance(value, (np.integer, np.floating, np.bool_)):
+        return value.item()
     if isinstance(value, dict):
         return {"dict": [[_key(key), _packed(part, tensors)] for key, part in value.items()]}
     if type(value) in (list, tuple):

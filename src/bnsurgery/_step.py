@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,10 +18,11 @@ from bnsurgery._data import check_labels, given
 from bnsurgery._frozen import nothing_kept
 from bnsurgery._layouts import channels_last, runs_channels_last
 from bnsurgery._modes import Buffers, global_state
-from bnsurgery._nonfinite import first_nonfinite, is_finite
+from bnsurgery._nonfinite import first_nonfinite, is_finite, largest
+from bnsurgery._random import global_random_state, set_global_random_state
 from bnsurgery._records import StepRecord, Undone
 from bnsurgery._routing import Rows as Runs
-from bnsurgery._sharing import Rows, Share, Sum, without_ddp
+from bnsurgery._sharing import Rows, Share, Sum, waits_for_others, without_ddp
 from bnsurgery._undo import Undo
 from bnsurgery.attacks import Loss, Part
 from bnsurgery.errors import NonFiniteError
@@ -115,7 +117,11 @@ class Step:
 
         Raises:
             NonFiniteError: a number is not finite, and that is to be an error.
+            ValueError: the data of another process has ended.
         """
+        if self._undo is not None:
+            self._undo.forget()
+        self.share.note()
         before, random = Buffers(self.root), torch.get_rng_state()
         starts = None if self.make is None else self.make.generator.get_state()
         clean = round(self._clean_fraction * len(x))
@@ -123,20 +129,25 @@ class Step:
         made, whole = None, False
         try:
             trouble: _OneValue | _NotFinite | None = None
-            loss, wrong, weight = 0.0, 0.0, None
+            loss, wrong, examples, labels = 0.0, 0.0, len(x), y
             try:
-                if not is_finite([rows.x]):
+                if not is_finite([rows.x]):  # where the data is: the device is not waited for
                     raise _NotFinite("what the data gives as inputs")
+                labels, rows = rows.y, replace(rows, x=rows.x.to(self.device), y=rows.y.to(self.device).long())
                 made = self._made(rows)
-                weight = self.share.weight(rows, self.device)
-                loss, wrong = self._passed(made, rows, at, before, weight)
             except (_OneValue, _NotFinite) as error:
                 trouble = error
-            examples = len(x)
+            self._set_modes(at.consistent)
+            weight, elsewhere = self.share.agree(rows, _kind(trouble), self.device)
+            if trouble is None and made is not None and not elsewhere:
+                try:
+                    loss, wrong = self._passed(made, rows, labels, before, weight)
+                except (_OneValue, _NotFinite) as error:
+                    trouble = error
             if not self.share.ranks.alone:
                 total = self._together(rows, loss, wrong, trouble, asked(), weighted=weight is not None)
                 loss, wrong, examples = total.loss, total.wrong, total.examples
-                trouble = trouble or _elsewhere(total.troubles)
+                trouble = _of_all(trouble, total.troubles)
             if trouble is not None:
                 raise trouble
             self._update(at.factor)
@@ -144,8 +155,7 @@ class Step:
         except _OneValue as error:
             return Undone("left out", str(error))
         except _NotFinite as error:
-            before.restore()
-            self._clear()
+            self._take_back(before)
             where = str(error) if made is None else self._where(made, rows.clean, at, random, otherwise=str(error))
             if self._on_nonfinite == "raise":
                 message = f"step {at.step}: {where} is not finite; the model is as after the last whole step"
@@ -153,11 +163,26 @@ class Step:
             return Undone("skipped", f"{where} is not finite")
         finally:
             if not whole:
-                before.restore()
+                self._take_back(before)
                 if self.make is not None and starts is not None:  # which not all processes may have drawn from
                     self.make.generator.set_state(starts)
             self._clear()
         return StepRecord(at.epoch, at.step, loss, 100 * wrong, self.lr, examples)
+
+    def ended(self) -> None:
+        """Tells the other processes that there are no more batches in this epoch.
+
+        Raises:
+            ValueError: another process has more.
+        """
+        self.share.ended(self._parameters, self.device)
+
+    def _take_back(self, before: Buffers) -> None:
+        """The model and the optimizer become what they were; may be called again."""
+        before.restore()
+        if self._undo is not None:
+            self._undo.restore()
+        self._clear()
 
     def _clear(self) -> None:
         torch.clear_autocast_cache()  # the caller's own autocast would go on with the weights of the first step
@@ -177,32 +202,37 @@ class Step:
             x = channels_last(x) if last else x.contiguous()
         return x
 
-    def _passed(self, x: Tensor, rows: Rows, at: At, before: Buffers, weight: float | None) -> tuple[float, float]:
-        """Forward and backward: the mean loss, and the share of examples misclassified."""
+    def _passed(
+        self, x: Tensor, rows: Rows, labels: Tensor, before: Buffers, weight: float | None
+    ) -> tuple[float, float]:
+        """Forward and backward: the mean loss, and the share of examples misclassified.
+
+        ``labels`` are as the data gave them: to look at those on the CPU, the device is not waited for.
+        """
         clean = rows.clean if self.make is not None else len(x)
         # Until the backward pass is done: activation checkpointing runs parts of the model once more in it.
         lean = nothing_kept(self.model) if self._lean else nullcontext()
         with lean, self._through(clean, len(x)), self.share.normalising(rows):
-            with self._one_value_ends(self._watched(len(x), rows.clean)):
-                self._set_modes(at.consistent)
-                with torch.set_grad_enabled(self._optimizer is not None):
-                    logits = self._logits(x, before)
-                    check_labels(rows.y, logits)
-                    if self._autocast is not None:
-                        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                    loss = self._loss(logits, rows.y).mean()
+            # One value here is one of more where processes normalise together, and all have to be there.
+            watch = self._one_value_ends(weight is None and self._watched(len(x), rows.clean))
+            with watch, torch.set_grad_enabled(self._optimizer is not None):
+                logits = self._logits(x, before)
+                check_labels(labels, logits)
+                if self._autocast is not None:
+                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = self._loss(logits, rows.y).mean()
             if self._optimizer is not None:
                 (loss if weight is None else loss * weight).backward()  # type: ignore[no-untyped-call]
-        self._check(loss)
         wrong = (logits.detach().argmax(1) != rows.y).double().mean()
-        return float(loss.detach()), float(wrong)
+        mean, share = self._read(loss.detach(), wrong)
+        return mean, share
 
     def _together(
         self,
         rows: Rows,
         loss: float,
         wrong: float,
-        trouble: Exception | None,
+        trouble: _OneValue | _NotFinite | None,
         asked: dict[str, bool],
         *,
         weighted: bool,
@@ -214,38 +244,43 @@ class Step:
             weighted=weighted,
             loss=loss,
             wrong=wrong,
-            trouble=None if trouble is None else "left out" if isinstance(trouble, _OneValue) else "skipped",
+            trouble=_kind(trouble),
             asked=asked,
             device=self.device,
         )
 
-    def _check(self, loss: Tensor | None = None) -> None:
-        """Raises where the loss, a buffer or a gradient is not finite: one answer from the device."""
-        numbers = [buffer for module, name in self._buffers if (buffer := module._buffers[name]) is not None]
-        numbers += [] if loss is None else [loss]
+    def _read(self, *numbers: Tensor) -> list[float]:
+        """Some numbers; with them, in one answer from the device, whether buffers and gradients are finite.
+
+        Raises:
+            _NotFinite: one of all these is not.
+        """
+        buffers = [buffer for module, name in self._buffers if (buffer := module._buffers[name]) is not None]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if not is_finite([*numbers, *gradients]):
-            gradient = self._name_of_last(lambda parameter: parameter.grad) if is_finite(numbers) else None
+        told = largest([*buffers, *gradients, *numbers])
+        values: list[float] = torch.stack([number.to(told) for number in (told, *numbers)]).tolist()
+        if not math.isfinite(values[0]):
+            before = is_finite([*buffers, *numbers])
+            gradient = self._name_of_last(lambda parameter: parameter.grad) if before else None
             raise _NotFinite("the loss" if gradient is None else f"the gradient of {gradient}")
+        return values[1:]
 
     def _update(self, factor: float) -> None:
-        """The optimizer's step, taken back where it ends in an exception or in what is not finite."""
+        """The optimizer's step.
+
+        Raises:
+            _NotFinite: what comes of it is not.
+        """
         if self._optimizer is None or self._undo is None:
             return
         if not self.share.ranks.alone:
-            self._check()  # of all processes: a sum of what was finite may not be
+            self._read()  # of all processes: a sum of what was finite may not be
         self._undo.note()
-        whole = False
-        try:
-            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate * factor
-            self._optimizer.step()
-            if not is_finite(self._parameters):
-                raise _NotFinite(f"the optimizer's update of {self._name_of_last(lambda parameter: parameter)}")
-            whole = True
-        finally:
-            if not whole:
-                self._undo.restore()
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self._optimizer.step()
+        if not is_finite(self._parameters):
+            raise _NotFinite(f"the optimizer's update of {self._name_of_last(lambda parameter: parameter)}")
 
     def _name_of_last(self, value: Callable[[nn.Parameter], Tensor | None]) -> str | None:
         """The last parameter, which is the first that a backward pass comes to, of which a value is not finite."""
@@ -279,7 +314,7 @@ class Step:
     @property
     def _takes_passes_of_its_own(self) -> bool:
         """Whether the model can be run when other processes do not: SyncBatchNorm waits for them."""
-        return not any(isinstance(module, nn.SyncBatchNorm) for module in self.root.modules())
+        return not waits_for_others(self.root)
 
     def _watched(self, count: int, clean: int) -> bool:
         """Whether a BN layer may be given one value per channel."""
@@ -305,14 +340,17 @@ class Step:
 
     def _logits(self, x: Tensor, before: Buffers) -> Tensor:
         """The model's own in training mode; with images in the usual layout where a hook takes no other."""
+        tried = self._layouts.get(x.shape[1:], False)
+        random = global_random_state(self.device) if tried else None
         with self._mixed_precision(x):
             try:
                 logits: Tensor = self._run(x)
             except RuntimeError as error:
-                if not self._layouts.get(x.shape[1:]) or "view size is not compatible" not in str(error):
+                if random is None or "view size is not compatible" not in str(error):
                     raise
                 self._layouts[x.shape[1:]] = False
                 before.restore()
+                set_global_random_state(random, self.device)  # a run that goes on from here does not try
                 logits = self._run(x.contiguous())
         return logits
 
@@ -345,8 +383,15 @@ class Step:
             yield
 
 
-def _elsewhere(troubles: dict[str, int]) -> _OneValue | _NotFinite | None:
-    """What other processes have said is in the way."""
+def _kind(trouble: _OneValue | _NotFinite | None) -> str | None:
+    """As counts and records have it."""
+    return None if trouble is None else "left out" if isinstance(trouble, _OneValue) else "skipped"
+
+
+def _of_all(own: _OneValue | _NotFinite | None, troubles: dict[str, int]) -> _OneValue | _NotFinite | None:
+    """What is in the way of all processes, the same in all: of two kinds a number that is not finite."""
     if troubles["skipped"]:
-        return _NotFinite("a number in another process")
-    return _OneValue("a BN layer of another process was given one value per channel") if troubles["left out"] else None
+        return own if isinstance(own, _NotFinite) else _NotFinite("a number in another process")
+    if troubles["left out"]:
+        return own or _OneValue("a BN layer of another process was given one value per channel")
+    return None

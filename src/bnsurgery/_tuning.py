@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from bnsurgery._data import unpack
 from bnsurgery._records import EpochRecord, StepCallback, StepRecord, Tally, Undone, require_numbers
-from bnsurgery._signals import Signals
 from bnsurgery._source import END, Data
 from bnsurgery._step import At, Step
 from bnsurgery.errors import BNSurgeryWarning
@@ -54,9 +53,8 @@ class Tuning:
         consistent_bn_after: int | None,
         on_step: StepCallback | None,
         progress: bool,
-        signals: Signals,
     ) -> None:
-        self._step, self._data, self._schedule, self._signals = step, data, schedule, signals
+        self._step, self._data, self._schedule = step, data, schedule
         self._epochs, self._max_steps, self._on_step = epochs, max_steps, on_step
         self._eps_warmup, self._consistent_bn_after = eps_warmup, consistent_bn_after
         self.step = self.epoch = 0
@@ -83,7 +81,7 @@ class Tuning:
 
     def state(self) -> dict[str, Any]:
         """Where the run is, but for its data, as plain values."""
-        return {"epoch": self.epoch, "step": self.step, "tally": asdict(self.tally)}
+        return {"epoch": self.epoch, "step": self.step, "stopped": self.stopped, "tally": asdict(self.tally)}
 
     def restore(self, state: dict[str, Any], epochs: int) -> None:
         """Goes on from there; so many epochs have ended.
@@ -93,16 +91,16 @@ class Tuning:
         """
         epoch, step, tally = state["epoch"], state["step"], Tally(**state["tally"])
         require_numbers(asdict(tally) | {"step": step})
-        if epoch != epochs or not isinstance(step, int) or step < 0:
+        if epoch != epochs or not isinstance(step, int) or step < 0 or not isinstance(state["stopped"], bool):
             raise ValueError(f"step {step!r} of epoch {epoch!r}, after {epochs} epochs")
-        self.epoch, self.step, self.tally = epoch, step, tally
+        self.epoch, self.step, self.tally, self.stopped = epoch, step, tally, state["stopped"]
         self._bar.update(self.step)
 
-    def run_epoch(self, after: Callable[[], None], asked: Callable[[], dict[str, bool]]) -> EpochRecord:
+    def run_epoch(self, after: Callable[[bool], None], asked: Callable[[], dict[str, bool]]) -> EpochRecord:
         """An epoch, or what is left of it, or less where ``max_steps`` or a callback ends it.
 
         Args:
-            after: called after each step that does not end the run, and once after the last batch.
+            after: called after each step with whether the epoch ends with it, and once after the last batch.
             asked: what this process asks of all, called in each step.
         """
         if not self._data.under_way:
@@ -113,18 +111,16 @@ class Tuning:
         if make is not None:
             make.strength = min(1.0, (self.epoch + 1) / (self._eps_warmup + 1))
         more = True
-        while more:
-            with self._signals.held():
-                batch = self._data.draw()
-                more = batch is not END
-                if more:
-                    outcome = self._take(batch, asked)
+        while more and not (self.stopped or self.done):
+            batch = self._data.draw()
+            more = batch is not END
             if more:
-                self._count(outcome)
-                if self.stopped or self.done:
-                    break
+                self._count(self._take(batch, asked))
+            else:
+                self._step.ended()
+                self._data.check_same()
             self.tally.seconds = time.perf_counter() - began
-            after()
+            after(not more or self.stopped or self.done)
         self._check_length(ended=not more)
         self._data.end()
         self.tally.seconds = time.perf_counter() - began
@@ -148,8 +144,7 @@ class Tuning:
             factor=self._schedule(min(done, 1.0)),
             consistent=after is not None and self.epoch >= after,
         )
-        device = self._step.device
-        outcome = self._step.take(x.to(device), y.to(device).long(), at, asked)
+        outcome = self._step.take(x, y, at, asked)
         self.step += 1
         self.tally.add(outcome)
         return outcome

@@ -18,9 +18,11 @@ class Undo:
         self._copies: list[Tensor] = []
         self._states: dict[Any, dict[Any, Any]] = {}
         self._groups: list[dict[str, Any]] = []
+        self._noted = False
 
     def note(self) -> None:
         """Remembers how all is now; into the memory of the last time, where the tensors are the same."""
+        self._noted = False
         groups = self._optimizer.param_groups
         parameters = [parameter for group in groups for parameter in group["params"]]
         self._states = {key: _copied(state) for key, state in self._optimizer.state.items()}
@@ -33,9 +35,16 @@ class Undo:
         else:
             self._copies = [tensor.clone() for tensor in tensors]
         self._tensors = tensors
+        self._noted = True
+
+    def forget(self) -> None:
+        """What was noted is not to be put back any more; the memory is kept for the next time."""
+        self._noted = False
 
     def restore(self) -> None:
-        """Puts all back as it was when it was last noted."""
+        """Puts all back as it was when it was last noted, if it was; may be called again."""
+        if not self._noted:
+            return
         with torch.no_grad():
             for tensor, value in zip(self._tensors, self._copies, strict=True):
                 tensor.copy_(value)

@@ -165,8 +165,7 @@ def evaluate(
     if not checkpoint_every >= 0:
         raise ValueError(f"checkpoint_every must be at least 0, got {checkpoint_every}")
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"checkpoint={str(path)!r}: the folder {str(path.parent)!r} does not exist")
+    _states.require_folder(path)
     plans = plan(attacks, eps, norm, bounds, normalised=mean is not None)
     switches = chosen_engine(engine)
     ready = running(

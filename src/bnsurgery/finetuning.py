@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from bnsurgery import _checkpoints
+from bnsurgery import _checkpoints, _states
 from bnsurgery._allocator import keeping_memory
 from bnsurgery._branches import layout_of, routers
 from bnsurgery._crafting import AttackStep
@@ -175,17 +175,20 @@ def adv_finetune(
             not depend on what the model and the attack draw.
         checkpoint: a file from which the run goes on where it exists, to the same bits as a run in one go (on the CPU,
             or with deterministic algorithms). Written before the first step, then every ``checkpoint_every`` seconds
-            after a step, after each epoch, and after the step under way when SIGINT or SIGTERM comes; the one before it
+            after a step, before the callbacks of an epoch and after them, and after the step under way when SIGINT or
+            SIGTERM comes (which in a callback of an epoch, and the second time, act at once); the one before it
             is kept beside it (``.previous``) and used, with a warning, where the newest is damaged. A copy of it can go
             on in another way: with another ``consistent_bn_after``, where BN was not consistent yet, nor is to have
-            been. What callbacks remember is theirs to keep.
+            been. What callbacks remember is theirs to keep; those of an epoch in which the run is killed are called
+            once more. Of several processes a signal to one ends all.
         checkpoint_every: seconds between checkpoints within an epoch, at least 0; ``math.inf``: none.
         data_order: within an epoch, batches that are behind a checkpoint are drawn again and passed over. ``"same"``:
             they must be those of before. ``"any"``: the run goes on with what comes, as for a stream that never gives
             the same again, and does not end with the same bits.
         on_nonfinite: where an input, an activation that reaches the statistics, the loss, a gradient or an update is
             NaN or infinite: ``"skip"``: the step is undone and counted, and the first one warns of the place;
-            ``"raise"``: it is undone, and an error names the place.
+            ``"raise"``: it is undone, and an error names the place. For this, what trains and the optimizer's state are
+            held in memory once more, and the buffers of the model.
         shard: with several processes. ``"split"``: all are given the same batches, and each takes every so many-th row
             of each (a batch too small for two rows each is worked on whole by all). ``"none"``: each is given batches
             of its own, equally many. ``"auto"``: ``"none"`` for a loader with a DistributedSampler and for a model in
@@ -220,9 +223,10 @@ def adv_finetune(
             message lists the differences) or to another order of the data.
         NonFiniteError: a number is not finite, and ``on_nonfinite="raise"``.
         LostProcessError: another process of this run is gone or does not answer.
-        OSError: the first checkpoint cannot be written.
-        BNSurgeryError: the attack returned something else than inputs of the same shape; another process has been told
-            to end; or this is ``torch.inference_mode()``.
+        OSError: the first checkpoint cannot be written, or read.
+        BNSurgeryError: the attack returned something else than inputs of the same shape; the optimizer's state holds
+            what cannot be kept in a checkpoint; of several processes one has been told to end; or this is
+            ``torch.inference_mode()``.
 
     Warns:
         BNSurgeryWarning: a step is skipped, since a number is not finite, or a batch left out, since a BN layer would
@@ -263,9 +267,8 @@ def adv_finetune(
     parted = _parted(root, branches)
     _check_consistent(consistent_bn_after, epochs, train, root)
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"checkpoint={str(path)!r}: the folder {str(path.parent)!r} does not exist")
     ranks = Ranks()
+    _states.require_folder(path)
     share = Share(ranks, root, split=splits(shard, model, data, ranks), sync=sync)
     generator = torch.Generator().manual_seed(seed)
     began, longest = time.perf_counter(), 0.0
@@ -333,10 +336,11 @@ def adv_finetune(
             consistent_bn_after=consistent_bn_after,
             on_step=on_step,
             progress=progress and ranks.first,
-            signals=signals,
         )
         keeper = Keeper(
             path,
+            tuning,
+            source,
             every=checkpoint_every,
             configuration=configuration,
             targets=lambda: _checkpoints.tensors(root, trainable),
@@ -346,22 +350,25 @@ def adv_finetune(
             share=share,
             signals=signals,
             seed=seed,
+            before_callbacks=bool(each_epoch),
         )
         kept = keeping_memory(device, wanted=switches is not None and switches.keep_memory)
         with tuning.running(), kept, signals:
-            keeper.begin(tuning, source, same=data_order == "same")
+            keeper.begin(same=data_order == "same")
             ended = keeper.ended
             while tuning.epoch < epochs and ended == "epochs":
                 start = time.perf_counter()
-                record = tuning.run_epoch(lambda: keeper.step_done(tuning, source), keeper.asked)
-                keeper.history.append(record)
-                stop = [bool(callback(record, root)) for callback in each_epoch]
-                if tuning.stopped or (stop and ranks.any(any(stop))):
-                    keeper.ended = "callback"
-                elif tuning.done:
-                    keeper.ended = "max_steps"
-                tuning.epoch += 1
-                keeper.epoch_done(tuning, source)
+                with signals.held():
+                    record = tuning.run_epoch(keeper.step_done, keeper.asked)
+                    keeper.history.append(record)
+                    with signals.let_through():  # all is saved, where there are callbacks
+                        stop = [bool(callback(record, root)) for callback in each_epoch]
+                    if tuning.stopped or (stop and ranks.any(any(stop))):
+                        keeper.ended = "callback"
+                    elif tuning.done:
+                        keeper.ended = "max_steps"
+                    tuning.epoch += 1
+                    keeper.epoch_done()
                 ended = keeper.ended
                 now = time.perf_counter()
                 longest = max(longest, now - start)

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from bnsurgery._ranks import talking
 from bnsurgery.errors import BNSurgeryError
 
 __all__ = ["Processes", "processes"]
@@ -55,7 +56,9 @@ def processes(*, timeout: float = 600.0, device: torch.device | str | None = Non
 
     Raises:
         ValueError: ``timeout`` is not above 0.
-        BNSurgeryError: the environment says how many processes there are, but not all that is needed to find them.
+        BNSurgeryError: the environment says how many processes there are, but not all that is needed to find them; or
+            there are more processes on this machine than it has GPUs.
+        LostProcessError: at the end of the block, another process is gone or has not come so far in time.
 
     Example:
         >>> with processes() as own:
@@ -88,7 +91,8 @@ def processes(*, timeout: float = 600.0, device: torch.device | str | None = Non
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     try:
         yield Processes(dist.get_world_size(), dist.get_rank(), own)
-        dist.barrier()  # who leaves first may take along what the others still need
+        with talking():
+            dist.barrier()  # who leaves first may take along what the others still need
     finally:
         dist.destroy_process_group()
 
@@ -96,5 +100,10 @@ def processes(*, timeout: float = 600.0, device: torch.device | str | None = Non
 def _device(device: torch.device | str | None) -> torch.device:
     if device is not None:
         return torch.device(device)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", local) if local < torch.cuda.device_count() else torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if 0 < count <= local:
+        raise BNSurgeryError(
+            f"this is process {local} of its machine, from 0, which has {count} GPUs: start no more than one for each, "
+            'or say device="cpu" in all of them'
+        )
+    return torch.device("cuda", local) if count else torch.device("cpu")
