@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from cifar10 import SAMPLE, full, sample
+from several import alone
 
 PER_CLASS, TEST, COLUMNS = 280, 512, 32
 
@@ -35,6 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10; downloaded there if missing")
     args = parser.parse_args()
+    alone(Path(__file__).name)
     SAMPLE.mkdir(exist_ok=True)
     index = {"source": "CIFAR-10 (Krizhevsky, 2009)", "command": "python examples/make_sample.py --data DIR"}
     parts = {}

@@ -28,6 +28,12 @@ def first() -> bool:
     return world() == 1 or dist.get_rank() == 0
 
 
+def alone(script: str) -> None:
+    """Ends a script that torchrun has started in several processes, and that has work for one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SystemExit(f"{script} works in one process: start it with python, without torchrun")
+
+
 def of_first(find: Callable[[], T]) -> T:
     """What the first process finds or raises, on all of them, once all have come this far."""
     if world() == 1:

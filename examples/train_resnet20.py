@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from cifar10 import Batches, floats, full
 from resnet import resnet20
 from safetensors.torch import save
+from several import alone
 from torch import nn
 
 
@@ -48,6 +49,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
+    alone(Path(__file__).name)
     device = torch.device(args.device)
     images, labels = full(args.data, train=True)
     test_images, test_labels = full(args.data, train=False)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from torch import Tensor
 from networks import resnet20
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = EXAMPLES.parent
 
 import cifar10
 import quickstart
@@ -171,3 +176,39 @@ def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_examples_are_importable_without_side_effects() -> None:
     assert "quickstart" in sys.modules
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_torchrun_runs_the_quickstart_unchanged(tmp_path: Path) -> None:
+    arguments = ["examples/quickstart.py", "--quick", "--out", str(tmp_path)]
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("accuracy under AutoAttack") == 1  # the first process alone prints
+    record = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    assert record["finetuning"]["steps"] == 8
+    assert record["after"]["autoattack"]["examples"] == 16  # of --quick
+    settings = record["settings"]
+    first = record["finetuning"]["history"][0]
+    assert first["examples"] == first["steps"] * settings["batch_size"]  # of whole batches, not of a share
+
+
+@pytest.mark.parametrize("script", ["train_resnet20.py", "make_sample.py"])
+def test_what_works_in_one_process_says_so_to_torchrun(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "n.safetensors"
+    arguments = ["--data", str(tmp_path), *(["--out", str(out)] if "train" in script else [])]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit, match=f"{script} works in one process: start it with python, without torchrun"):
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
