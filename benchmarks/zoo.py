@@ -36,7 +36,7 @@ from zoo import SEED, Architecture, case_of, timm_architectures, torchvision_arc
 from zoo_checks import OPERATIONS, bn_of, check, suits
 
 SECONDS = 1200.0
-GIBIBYTES = 16.0
+GIBIBYTES = 20.0
 PATIENCE = 0.25
 """Seconds between two looks at a process."""
 UNDER_WAY = {"verdict": "wrong", "note": "under way"}

@@ -84,8 +84,11 @@ def _write(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def plain(name: str) -> str:
-    """A name without the prefixes of wrappers."""
-    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "module"))
+    """A name without the prefixes of wrappers: ``module`` further inside is a network's own."""
+    parts = name.split(".")
+    while parts and parts[0] in ("_orig_mod", "module"):
+        del parts[0]
+    return ".".join(part for part in parts if part != "_orig_mod")
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -453,6 +456,7 @@ def split(case: Case) -> str:
         kept = bnsurgery.keep_branch(parted, branch)
         must(list(kept.state_dict()) == list(state_of(model)), "the branch kept has other names")
         must(_alike(case.outputs(kept), outputs, 0), f"branch {branch!r} kept gives something else")
+        del kept  # of the largest networks there is no room for two
     before.same(model)
     return f"{len(bn_of(model))} layers"
 
