@@ -12,6 +12,7 @@ time or memory; the result file is written after each, and what is in it is not 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fnmatch
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ UNDER_WAY = {"verdict": "wrong", "note": "under way"}
 def run(architecture: Architecture, answer: Connection) -> None:
     """All operations on one architecture; each is sent as soon as it is known."""
     torch.set_num_threads(1)
+    with suppress(OSError, AttributeError):  # glibc: what is freed goes back, so that the largest networks have room
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)
     case = case_of(architecture)
     about = {
         "family": architecture.family,

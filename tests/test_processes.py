@@ -107,6 +107,7 @@ def test_what_each_does_by_itself_is_the_same_in_all(world: int) -> None:
     assert found[0]["masks"] != found[1]["masks"]  # each draws its own dropout
     # A callback of one process ends the run of all.
     assert [other["ended"] for other in found] == [("callback", 4)] * world
+    assert [other["ended by one"] for other in found] == ["callback"] * world
     assert [other["ended at a step"] for other in found] == [("callback", [0, 1, 2])] * world
     assert equal(found[0]["recalibrated"], found[-1]["recalibrated"])
 
@@ -156,6 +157,10 @@ def test_an_evaluation_is_that_of_one_process(world: int) -> None:
 def test_what_does_not_go_together_is_refused_by_all() -> None:
     for said in results("differing", 2):
         assert re.search(r"given different batches, of which each was to take its rows.*shard=\"none\"", said["data"])
+        assert "must have the same (epochs: 2, 3; seed: 0, 1)" in said["arguments"]
+        assert "checkpoint= must be given to all processes, or to none; the first alone writes" in said["checkpoint"]
+        assert "where all must have the same (attacks: " in said["evaluate arguments"]
+        assert "; eps: 0.1, 0.2)" in said["evaluate arguments"]
         assert re.search(r"must be given equally many batches, got 4, 3: see DistributedSampler", said["lengths"])
         assert re.search(r"given different data: evaluate shares the work", said["evaluate data"])
         assert re.search(r"given different model: evaluate shares the work", said["evaluate model"])

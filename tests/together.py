@@ -143,6 +143,10 @@ def shares(own: Processes, _: Path) -> Any:
         steps.append(record.step)
         return own.rank == 1 and record.step == 2
 
+    # Callbacks of one process alone, and not of the others.
+    alone = {"callbacks": at_epoch, "on_step": at_step} if own.rank == 1 else {}
+    found["ended by one"] = tuned(network(), **alone)["record"]["ended"]
+    steps.clear()
     found["ended at a step"] = tuned(network(), on_step=at_step)["record"]["ended"], steps
     return found
 
@@ -168,12 +172,17 @@ def evaluated(own: Processes, folder: Path) -> Any:
 
 
 @job
-def differing(own: Processes, _: Path) -> Any:
+def differing(own: Processes, folder: Path) -> Any:
     """What is refused by all of them."""
     said = {}
     first, *rest = batches()
     tasks = {
         "data": lambda: tuned(network(), data=[first, *rest] if own.rank else [*rest, first]),
+        "arguments": lambda: tuned(network(), epochs=2 + own.rank, seed=own.rank),
+        "checkpoint": lambda: tuned(network(), checkpoint=None if own.rank else folder / "c"),
+        "evaluate arguments": lambda: evaluate(
+            SMALL.build(), (SMALL.example(4), SMALL.labels(4)), attacks=["pgd-2"], eps=0.1 * (1 + own.rank)
+        ),
         "lengths": lambda: tuned(network(), data=batches()[own.rank :], shard="none"),
         "evaluate data": lambda: evaluate(SMALL.build(), (SMALL.example(4 + own.rank), SMALL.labels(4 + own.rank))),
         "evaluate model": lambda: evaluate(

@@ -7,6 +7,7 @@ given, torch's own functions, and the network as it was. What an operation is no
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import re
 import tempfile
@@ -35,6 +36,8 @@ EPSILON = 2 / 255
 PGD_3 = PGD(eps=EPSILON, steps=3, step_size=EPSILON / 2)
 MOST_FOR_EVALUATE = 10_000_000
 """Parameters; larger networks are attacked, and not evaluated too."""
+MOST_FOR_TWO = 300_000_000
+"""Parameters; of larger networks there is no room for a second one in float64."""
 
 
 class Wrong(AssertionError):  # noqa: N818 - a finding
@@ -521,7 +524,12 @@ def attack(case: Case) -> str:
         return f"loss {losses[0]:.3g} to {losses[1]:.3g}"
     losses = _losses(target, x)
     if not _equally_bad(losses, 1e-2):  # rounding may turn steps of gradients near zero: once more in float64
-        losses = _losses(copy.deepcopy(target).double(), x.double())
+        gc.collect()  # the copy in float32 is in a cycle
+        alone = sum(parameter.numel() for parameter in target.parameters()) > MOST_FOR_TWO
+        wide = (target if alone else copy.deepcopy(target)).double()
+        losses = _losses(wide, x.double())
+        if alone:
+            target.float()  # as it was, to the bit
         must(_equally_bad(losses, 1e-4), f"losses {losses} of the copy and of the network differ, in float64 too")
     if sum(parameter.numel() for parameter in target.parameters()) < MOST_FOR_EVALUATE:
         _evaluates(target, x)

@@ -36,8 +36,13 @@ def previous(path: Path) -> Path:
 
 
 def require_folder(path: Path | None) -> None:
-    """Raises :class:`ValueError`, on all processes, where the folder of a checkpoint, on the first, is not there."""
+    """Raises :class:`ValueError`, on all processes, where the folder of a checkpoint, on the first, is not there.
+
+    Or where some processes are to have a checkpoint, and others not.
+    """
     ranks = Ranks()
+    if len(set(ranks.gather(path is None))) > 1:
+        raise ValueError("checkpoint= must be given to all processes, or to none; the first alone writes it")
     if path is not None and not ranks.of_first(path.parent.is_dir()):
         raise ValueError(f"checkpoint={str(path)!r}: the folder {str(path.parent)!r} does not exist")
 
@@ -137,6 +142,15 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         ValueError: there is something else in one.
     """
     return [name for name in sorted(was.keys() | now.keys(), key=str) if _text(was, name) != _text(now, name)]
+
+
+def require_same_in_all(ranks: Ranks, configuration: dict[str, Any]) -> None:
+    """Raises :class:`ValueError`, on all processes, where these were given different arguments, of plain values."""
+    every = ranks.gather(configuration)
+    names = sorted({name for own in every for name in differences(every[0], own)})
+    if names:
+        given = "; ".join(f"{name}: {', '.join(repr(own.get(name)) for own in every)}" for name in names)
+        raise ValueError(f"the processes were given different arguments, where all must have the same ({given})")
 
 
 def _text(values: dict[str, Any], name: str) -> str | None:

@@ -60,6 +60,7 @@ class Tuning:
         self.step = self.epoch = 0
         self.stopped = False
         self.tally = Tally()
+        self._on_step_in_any = step.share.ranks.any(on_step is not None)
         self._warned: set[str] = set()
         total = None if data.length is None else epochs * data.length
         self._total = max_steps if total is None else min(total, max_steps or total)
@@ -155,8 +156,9 @@ class Tuning:
         if isinstance(outcome, StepRecord):
             loss, error = f"{outcome.loss:.3f}", f"{outcome.error:.1f}%"
             self._bar.set_postfix(epoch=self.epoch + 1, loss=loss, error=error)
-            if self._on_step is not None:
-                self.stopped = self._step.share.ranks.any(bool(self._on_step(outcome, self.root)))
+            if self._on_step_in_any:
+                stop = self._on_step is not None and bool(self._on_step(outcome, self.root))
+                self.stopped = self._step.share.ranks.any(stop)
         else:
             what = "the step is skipped" if outcome.kind == "skipped" else "that batch is left out"
             self._warn(outcome.kind, f"step {self.step - 1}: {outcome.reason}; {what}")

@@ -200,6 +200,7 @@ def evaluate(
             "std": None if std is None else [float(value) for value in torch.as_tensor(std).flatten()],
             **same,
         }
+        _states.require_same_in_all(Ranks(), configuration)
         rounds = Rounds(
             run,
             built,

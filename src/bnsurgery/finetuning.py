@@ -164,7 +164,8 @@ def adv_finetune(
             ``"linear"``, ``"constant"``, or a function of progress from 0 to 1.
         loss: logits (N, K) and labels (N,) to a loss for each example (N,).
         callbacks: one or several, called after each epoch with its record and the model; one that returns True ends
-            the run (of several processes: in all, where it does in any).
+            the run. Of several processes each calls those that it was given, if any, and where one ends the run it
+            ends in all.
         on_step: called after each step likewise.
         max_steps: end after so many steps.
         max_seconds: begin no epoch that, taking as long as the longest before it in this call, would end later than
@@ -311,6 +312,9 @@ def adv_finetune(
             "trainable": [[name, *parameters[name].shape] for name in trainable],
             **layout_of(root),
         }
+        ends = {"max_seconds": max_seconds, "on_nonfinite": on_nonfinite, "shard": shard}
+        _states.require_same_in_all(ranks, {**configuration, **ends, "data": None})
+        with_callbacks = ranks.any(bool(each_epoch))
         signals = Signals(wanted=path is not None)
         step = Step(
             model,
@@ -350,7 +354,7 @@ def adv_finetune(
             share=share,
             signals=signals,
             seed=seed,
-            before_callbacks=bool(each_epoch),
+            before_callbacks=with_callbacks,
         )
         kept = keeping_memory(device, wanted=switches is not None and switches.keep_memory)
         with tuning.running(), kept, signals:
@@ -363,7 +367,7 @@ def adv_finetune(
                     keeper.history.append(record)
                     with signals.let_through():  # all is saved, where there are callbacks
                         stop = [bool(callback(record, root)) for callback in each_epoch]
-                    if tuning.stopped or (stop and ranks.any(any(stop))):
+                    if tuning.stopped or (with_callbacks and ranks.any(any(stop))):
                         keeper.ended = "callback"
                     elif tuning.done:
                         keeper.ended = "max_steps"
