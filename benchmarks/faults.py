@@ -10,7 +10,7 @@ that nothing happens to:
 - ``evaluate``: an evaluation likewise.
 - ``processes``: of two processes of one fine-tuning run one is killed; the other must end by itself.
 - ``full disk``: the disk that the checkpoints are on is filled at a random moment; then the run is killed, and room
-  made again. The disk is a small tmpfs, or, where none can be mounted, a limit on the size of files.
+  made again; or it comes to its end first. The disk is a small tmpfs, which only root can mount.
 """
 
 from __future__ import annotations

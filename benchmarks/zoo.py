@@ -44,8 +44,8 @@ PATIENCE = 0.25
 UNDER_WAY = {"verdict": "wrong", "note": "under way"}
 
 
-def run(architecture: Architecture, answer: Connection) -> None:
-    """All operations on one architecture; each is sent as soon as it is known."""
+def run(architecture: Architecture, operations: list[str], answer: Connection) -> None:
+    """Operations on one architecture; each is sent as soon as it is known."""
     torch.set_num_threads(1)
     with suppress(OSError, AttributeError):  # glibc: what is freed goes back, so that the largest networks have room
         ctypes.CDLL(None).mallopt(-3, 1 << 20)
@@ -58,18 +58,18 @@ def run(architecture: Architecture, answer: Connection) -> None:
         "bn_layers": len(bn_of(case.model)),
     }
     answer.send(("", about))
-    for operation in OPERATIONS:
+    for operation in operations:
         if suits(operation, case):
             answer.send((operation, UNDER_WAY))
             answer.send((operation, check(operation, case)))
     answer.close()
 
 
-def guarded(architecture: Architecture) -> dict[str, Any]:
+def guarded(architecture: Architecture, operations: list[str]) -> dict[str, Any]:
     """The same in a process of its own; what it did not come to is wrong."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run, args=(architecture, theirs), daemon=True)
+    process = context.Process(target=run, args=(architecture, operations, theirs), daemon=True)
     process.start()
     theirs.close()
     found: dict[str, Any] = {}
@@ -140,6 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="a pattern of names, such as 'timm/resnet*'")
     parser.add_argument("--again", action="store_true", help="run what is in the result file too")
+    parser.add_argument("--operation", choices=OPERATIONS, help="this one alone; the others stay in the result file")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -150,7 +151,11 @@ def main() -> int:
             continue
         library, _, local = name.partition("/")
         began = time.monotonic()
-        found = guarded(Architecture(library, local, about["family"], about["task"]))  # type: ignore[arg-type]
+        architecture = Architecture(library, local, about["family"], about["task"])  # type: ignore[arg-type]
+        found = guarded(architecture, [options.operation] if options.operation else list(OPERATIONS))
+        if options.operation:
+            before = record["architectures"].get(name, {}).get("operations", {})
+            found["operations"] = {**before, **found["operations"]}
         record["architectures"][name] = found
         written(record, path)
         verdicts = Counter(own["verdict"] for own in found["operations"].values())

@@ -57,4 +57,7 @@ def _general(note: str) -> str:
     """A reason without the names of layers and models, so that it is listed once."""
     note = re.sub(r"'[\w.]+' \((\w+)\)", r"a layer (\1)", note)
     note = re.sub(r"FusionError: \w+ cannot", "FusionError: the model cannot", note)
+    note = re.sub(r"a relative error of [\d.e+-]+", "a large relative error", note)
+    note = re.sub(r"torch\.Size\(\[[\d, ]+\]\)", "(N, C, 1, 1)", note)
+    note = re.sub(r"\(N, \d+, \.\.\.\)", "(N, C, ...)", re.sub(r"got \(\d+, \d+\)", "got (N, C)", note))
     return re.sub(r"\(\d[\d, ]*,? classes\)", "(N, classes)", note)
