@@ -227,6 +227,24 @@ def test_data_that_differs_later_in_an_epoch_is_refused() -> None:
         assert "the processes were given different batches in this epoch" in found["later"]
 
 
+def test_runs_that_are_broken_off_go_on_with_what_each_process_has_of_its_own(tmp_path: Path) -> None:
+    for found in finished("going_on", 2, tmp_path):
+        assert found.keys() == {"unequal", "instance norm", "none"}
+        for name, (expected, again) in found.items():
+            assert equal(expected["state"], again["state"]), name
+            assert expected["record"] == again["record"], name
+
+
+def test_statistics_that_a_sum_over_examples_would_overflow_are_averaged(tmp_path: Path) -> None:
+    for found in finished("limits", 2, tmp_path):
+        for train in ("bn-stats", "bn"):
+            variance, skipped = found[train]
+            assert skipped == 0
+            assert torch.allclose(variance, torch.full((12,), 5.4e18**2 * 8 / 7))
+        assert "of 2 processes 1 have clean examples in a batch, and 2 have adversarial ones" in found["parts"]
+        assert "the data of 1 of 2 processes has no batch, and that of the others has" in found["empty"]
+
+
 def test_what_the_first_process_cannot_write_is_said_by_all(tmp_path: Path) -> None:
     for found in finished("unwritable", 2, tmp_path):
         assert re.search("the folder .*none' does not exist", found["folder"])

@@ -519,6 +519,40 @@ def test_generators_that_the_data_holds_go_on_too(tmp_path: Path, step: int) -> 
     assert values(model) == values(whole)
 
 
+class Last:
+    """Draws random numbers to say that there are no more batches, as a RandomSampler with its own generator does."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in batches(4, 4):
+            yield 0.9 * x + 0.1 * torch.rand(x.shape, generator=self.generator) * torch.rand(()), y
+        torch.rand(3)
+        torch.rand(3, generator=self.generator)
+
+
+def sampled() -> DataLoader[tuple[Tensor, ...]]:
+    data = TensorDataset(SMALL.example(12), SMALL.labels(12))
+    return DataLoader(data, batch_size=4, sampler=RandomSampler(data, generator=torch.Generator().manual_seed(2)))
+
+
+@pytest.mark.parametrize("data", [Last, sampled])
+def test_a_run_killed_between_the_last_batch_and_the_next_epoch_ends_with_the_same_bits(
+    tmp_path: Path, data: Callable[[], object]
+) -> None:
+    def killed(record: EpochRecord, _: nn.Module) -> None:
+        if record.epoch == 1:
+            raise Killed
+
+    whole, model = noisy_model(), noisy_model()
+    expected = tune(whole, data(), epochs=3, train="all")
+    with pytest.raises(Killed):
+        tune(noisy_model(), data(), epochs=3, train="all", checkpoint=tmp_path / "c", callbacks=killed)
+    assert plain(tune(model, data(), epochs=3, train="all", checkpoint=tmp_path / "c")) == plain(expected)
+    assert values(model) == values(whole)
+
+
 def test_loaders_with_workers_go_on_within_an_epoch(tmp_path: Path) -> None:
     def loader() -> DataLoader[tuple[Tensor, ...]]:
         data = augmented().dataset

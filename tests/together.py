@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -278,14 +279,6 @@ def still(_: Processes, __: Path) -> Any:
 @job
 def unequal(own: Processes, _: Path) -> Any:
     """Data that does not say how long it is, and is not as long in each."""
-
-    class Stream:
-        def __init__(self, rows: list[tuple[Tensor, Tensor]]) -> None:
-            self.rows = rows
-
-        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-            return iter(self.rows)
-
     found: dict[str, Any] = {}
     for sync in ("buffers", "batch"):
         model, same = network("dense"), network("dense")
@@ -299,6 +292,73 @@ def unequal(own: Processes, _: Path) -> Any:
     rows = [first, second, other if own.rank else third]
     found["later"] = refusal(lambda: tuned(network("dense"), data=Stream(rows), epochs=1))
     return found
+
+
+@job
+def going_on(own: Processes, folder: Path) -> Any:
+    """Runs that are broken off and go on, with what may differ from process to process; and those that are not."""
+
+    def stop(record: Any, _: nn.Module) -> None:
+        if record.step == 3:
+            raise RuntimeError("stop")
+
+    def build(kind: str) -> nn.Module:
+        torch.manual_seed(4)
+        if kind == "instance norm":
+            norm = nn.InstanceNorm2d(4, track_running_stats=True, affine=True)
+            return nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 10)).to(
+                DTYPE
+            )
+        return nn.Sequential(network("dense"), nn.Dropout(0.3))
+
+    found: dict[str, Any] = {}
+    sizes = {"unequal": 8 - 3 * own.rank, "instance norm": 8, "none": 8}
+    for name, size in sizes.items():
+        mine = [(x[own.rank : own.rank + size], y[own.rank : own.rank + size]) for x, y in [batches()[0], batches()[2]]]
+        options = {
+            "data": mine,
+            "shard": "none",
+            "epochs": 3,
+            "train": "all",
+            "sync": "none" if name == "none" else "buffers",
+        }
+        whole, model = build(name), build(name)
+        expected = tuned(whole, **options)
+        path = folder / name.replace(" ", "")
+        with suppress(RuntimeError):
+            tuned(build(name), checkpoint=path, checkpoint_every=0, on_step=stop, **options)
+        found[name] = [expected, tuned(model, checkpoint=path, **options)]
+    return found
+
+
+@job
+def limits(own: Processes, _: Path) -> Any:
+    """Statistics near the largest float32, which a sum over examples would overflow; parts that one process lacks."""
+    sign = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(4).view(16, 1, 1, 1)
+    data = [((sign * 5.4e18).expand(16, 3, 2, 2), SMALL.labels(16))] * 2
+    found: dict[str, Any] = {}
+    for train in ("bn-stats", "bn"):
+        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12, momentum=1.0))
+        options = {"attack": None, "train": train, "epochs": 1}
+        run = tuned(model, data=data, **options)
+        found[train] = [model[1].running_var, run["record"]["history"][0]["skipped"]]
+    x, y = batches()[0]
+    own_rows = 1 if own.rank else 4
+    options = {"shard": "none", "sync": "batch", "clean_fraction": 0.5}
+    found["parts"] = refusal(lambda: tuned(split_bn(network()), data=[(x[:own_rows], y[:own_rows])], **options))
+    empty: list[tuple[Tensor, Tensor]] = [] if own.rank else [(x, y)]
+    found["empty"] = refusal(lambda: tuned(network(), data=Stream(empty), shard="none"))
+    return found
+
+
+class Stream:
+    """Data without a length."""
+
+    def __init__(self, rows: list[tuple[Tensor, Tensor]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.rows)
 
 
 @job

@@ -101,7 +101,7 @@ class Keeper:
             with torch.no_grad():
                 for name, value in own["statistics"].items():
                     targets[name].copy_(value)
-            self._generator.set_state(state["attack"])
+            self._generator.set_state(own["attack"])
             found = Place(**own["data"])
         if self.ended == "epochs":
             self._data.restore(path, found, self._tuning.epoch, same=same)
@@ -170,12 +170,12 @@ class Keeper:
         if self._share.sync == "none" and not self._ranks.alone:
             statistics = {name: tensor.detach().cpu() for name, tensor in targets.items() if ".running_" in f".{name}"}
         own = {
+            "attack": self._generator.get_state(),
             "data": asdict(self._data.state()),
             "random": global_random_state(self._device),
             "statistics": statistics,
         }
         return {
-            "attack": self._generator.get_state(),
             "configuration": self._configuration,
             "ended": self.ended,
             "history": [asdict(epoch) for epoch in self.history],

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DistributedSampler
@@ -23,6 +24,8 @@ Sync = Literal["buffers", "batch", "none"]
 SYNC: tuple[Sync, ...] = ("buffers", "batch", "none")
 Shard = Literal["auto", "split", "none"]
 SHARD: tuple[Shard, ...] = ("auto", "split", "none")
+SCALE = 2.0**20
+"""Numbers of examples are divided by this where values are multiplied by them, lest large values overflow."""
 
 
 def splits(shard: Shard, model: nn.Module, data: object, ranks: Ranks) -> bool:
@@ -138,7 +141,7 @@ class Share:
         together = self.sync == "batch" and not self.ranks.alone and not rows.alone
         return _AllRanks(self.ranks.world) if together else nullcontext()
 
-    def agree(self, rows: Rows, trouble: str | None, device: torch.device) -> tuple[float | None, bool]:
+    def agree(self, rows: Rows, trouble: bool, device: torch.device, *, parted: bool) -> tuple[float | None, bool]:
         """Before a pass in which processes wait for one another: whether all of them are to make it.
 
         Returns:
@@ -146,14 +149,22 @@ class Share:
             itself), and whether any process has a trouble: then none is to pass.
 
         Raises:
-            ValueError: the data of another process has ended.
+            ValueError: the data of another process has ended; or (``parted``: clean and adversarial rows go through
+                branches) only some processes have rows for a branch.
         """
         if not self._passes_together:
             return None, False
-        told = torch.tensor([len(rows.x), trouble is not None, False], dtype=torch.float64, device=device)
+        parts = [parted and rows.clean > 0, parted and rows.clean < len(rows.x)]
+        told = torch.tensor([len(rows.x), trouble, False, *parts], dtype=torch.float64, device=device)
         self.ranks.add_up(told)
-        count, troubles, ended = told.tolist()
+        count, troubles, ended, *through = told.tolist()
         self._require_batches(ended)
+        if any(0 < having < self.ranks.world for having in through):
+            raise ValueError(
+                f"of {self.ranks.world} processes {round(through[0])} have clean examples in a batch, and "
+                f'{round(through[1])} have adversarial ones: where BN normalises together (sync="batch"), each needs '
+                "rows for the same branches; give larger batches"
+            )
         return None if rows.alone else len(rows.x) / count, troubles > 0
 
     def ended(self, parameters: Iterable[nn.Parameter], device: torch.device) -> None:
@@ -166,7 +177,7 @@ class Share:
         if self.ranks.alone:
             return
         if self._passes_together:
-            told = torch.tensor([0, False, True], dtype=torch.float64, device=device)
+            told = torch.tensor([0, False, True, False, False], dtype=torch.float64, device=device)
         else:
             targets = list(parameters)
             moving = self._moving()
@@ -211,7 +222,7 @@ class Share:
             ValueError: the data of another process has ended.
         """
         count = len(rows.x) / (self.ranks.world if rows.alone else 1)
-        by = 1.0 if weighted else count  # gradients of a mean that has its weight already add up as they are
+        by = 1.0 if weighted else count / SCALE  # gradients of a mean that has its weight already add up as they are
         gradients = [] if trouble else [p for p in parameters if p.grad is not None]
         # A parameter that no loss reaches has no gradient, on this process; others may have one.
         targets = list(parameters)
@@ -231,7 +242,7 @@ class Share:
                     for p in targets
                 ),
                 *(
-                    _moved(buffer, before).to(device, wide).flatten() * count
+                    _moved(buffer, before).to(device, wide).flatten() * (count / SCALE)
                     for buffer, before in zip(moving, self._before, strict=True)
                 ),
             ]
@@ -241,7 +252,7 @@ class Share:
         head, *parts = torch.split(flat, sizes)
         numbers = head.tolist()
         self._require_batches(numbers[0])
-        total = numbers[1]
+        total, scaled = numbers[1], numbers[1] / SCALE
         begin = 4 + len(self.TROUBLES)
         troubles = dict(zip(self.TROUBLES, map(int, numbers[4:begin]), strict=True))
         self.asked = {name: value > 0 for name, value in zip(self.ASKED, numbers[begin:], strict=False)}
@@ -249,18 +260,20 @@ class Share:
             reached = numbers[begin + len(self.ASKED) :]
             for parameter, gradient, any_has in zip(targets, parts, reached, strict=False):
                 if any_has:
-                    mean = gradient if weighted else gradient / total
+                    mean = gradient if weighted else gradient / scaled
                     parameter.grad = mean.view_as(parameter).to(parameter.device, parameter.dtype)
             with torch.no_grad():
                 for buffer, before, by_how_much in zip(moving, self._before, parts[len(targets) :], strict=True):
-                    buffer.copy_(before + (by_how_much / total).view_as(buffer).to(before.device))
+                    buffer.copy_(before + (by_how_much / scaled).view_as(buffer).to(before.device))
         return Sum(numbers[2] / total, numbers[3] / total, round(total), troubles)
 
 
 def _moving(root: nn.Module) -> list[Tensor]:
-    """The running means and variances of a model, each once."""
+    """The running means and variances of a model, of BN and InstanceNorm layers, each once."""
     layers = [layer for layer in root.modules() if isinstance(layer, _BatchNorm) and has_statistics(layer)]
     buffers = [statistics(layer)[name] for layer in layers for name in ("running_mean", "running_var")]
+    others = [layer for layer in root.modules() if isinstance(layer, _InstanceNorm)]
+    buffers += [own for layer in others for own in (layer.running_mean, layer.running_var) if own is not None]
     return list({id(buffer): buffer for buffer in buffers}.values())
 
 

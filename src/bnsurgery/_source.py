@@ -32,18 +32,22 @@ class Place:
         start: what these were when the epoch began; None: between epochs.
         position: batches drawn in the epoch.
         digest: tells these batches from others.
+        finished: there are no more in the epoch; the data has been asked for one.
     """
 
     now: dict[str, Any]
     start: dict[str, Any] | None
     position: int
     digest: str
+    finished: bool
 
     def __post_init__(self) -> None:
         if not (isinstance(self.now, dict) and isinstance(self.start, (dict, type(None)))):
             raise ValueError("it holds no random state")
         if isinstance(self.position, bool) or not isinstance(self.position, int) or self.position < 0:
             raise ValueError(f"its place in the data is {self.position!r}")
+        if not isinstance(self.finished, bool):
+            raise ValueError(f"it has finished its data: {self.finished!r}")
 
 
 class Data:
@@ -63,7 +67,7 @@ class Data:
         self.stream = Stream()
         self.length = _length(data)
         self.position = 0
-        self._digest = ""
+        self._digest, self._finished = "", False
         self._iterator: Iterator[Any] = iter(())
         self._sources: list[Source] = []
         self._start: dict[str, Any] | None = None
@@ -81,21 +85,24 @@ class Data:
                 told(epoch)
         self._sources = sources_of(self._data) if self._watched else []
         self._start = self._now() if self._watched else {}
-        self.position, self._digest = 0, ""
+        self.position, self._digest, self._finished = 0, "", False
         with self.stream.flowing():
             self._iterator = iter(self._data)
 
     def check_processes(self, batch: object) -> None:
-        """Raises :class:`ValueError` where several processes were given what does not go together."""
+        """Raises :class:`ValueError` where the first batch of a run, or ``END``, does not go with the others' first."""
         ranks = self._share.ranks
         if ranks.alone or self._checked:
             return
         self._checked = True
-        said = ranks.gather((self.length, _signature(batch) if self._share.split else ""))
-        if len({length for length, _ in said}) > 1:
-            numbers = ", ".join(str(length) for length, _ in said)
+        said = ranks.gather((self.length, batch is END, _signature(batch) if self._share.split else ""))
+        if len({length for length, _, _ in said}) > 1:
+            numbers = ", ".join(str(length) for length, _, _ in said)
             raise ValueError(f"the processes must be given equally many batches, got {numbers}: see DistributedSampler")
-        if len({signature for _, signature in said}) > 1:
+        ended = sum(end for _, end, _ in said)
+        if 0 < ended < len(said):
+            raise ValueError(f"the data of {ended} of {len(said)} processes has no batch, and that of the others has")
+        if len({signature for _, _, signature in said}) > 1:
             raise ValueError(
                 "the processes were given different batches, of which each was to take its rows: give all of them the "
                 'same data in the same order (seed what you build it with), or say shard="none" where each has its own'
@@ -112,9 +119,12 @@ class Data:
             )
 
     def draw(self) -> Any:
-        """The next batch, or ``END``."""
+        """The next batch, or ``END``; the data is asked no more after that, as it may draw random numbers to say so."""
+        if self._finished:
+            return END
         with self.stream.flowing():
             batch = next(self._iterator, END)
+        self._finished = batch is END
         if batch is not END:
             self.position += 1
             if self._watched or self._share.split:
@@ -123,13 +133,13 @@ class Data:
 
     def end(self) -> None:
         """Ends an epoch."""
-        self._iterator, self._start = iter(()), None
+        self._iterator, self._start, self._finished = iter(()), None, False
 
     def state(self) -> Place:
         """Where it is, for :meth:`restore`."""
         if not self.under_way:
             self._sources = sources_of(self._data) if self._watched else []
-        return Place(self._now(), self._start, self.position, self._digest)
+        return Place(self._now(), self._start, self.position, self._digest, self._finished)
 
     def restore(self, path: Path, place: Place, epoch: int, *, same: bool) -> None:
         """Goes back to where it was; within an epoch, the batches that are behind it are drawn again.
@@ -146,13 +156,15 @@ class Data:
         self.begin(epoch)
         while self.position < place.position and self.draw() is not END:
             pass
-        if same and (self.position, self._digest) != (place.position, place.digest):
-            what = "others" if self.position == place.position else f"{self.position} alone"
+        more = place.finished and self.position == place.position and self.draw() is not END
+        if same and (more or (self.position, self._digest) != (place.position, place.digest)):
+            what = "more" if more else "others" if self.position == place.position else f"{self.position} alone"
             raise CheckpointError(
                 f"the checkpoint {str(path)!r} was made after {place.position} batches of epoch {epoch}, and the data "
                 f'gives {what} now: give the same data in the same order, or say data_order="any" to go on with what '
                 "comes"
             )
+        self._finished = place.finished
         self._set(path, place.now)
 
     def _now(self) -> dict[str, Any]:

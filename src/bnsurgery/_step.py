@@ -138,7 +138,8 @@ class Step:
             except (_OneValue, _NotFinite) as error:
                 trouble = error
             self._set_modes(at.consistent)
-            weight, elsewhere = self.share.agree(rows, _kind(trouble), self.device)
+            parted = self._branches is not None
+            weight, elsewhere = self.share.agree(rows, trouble is not None, self.device, parted=parted)
             if trouble is None and made is not None and not elsewhere:
                 try:
                     loss, wrong = self._passed(made, rows, labels, before, weight)
@@ -271,10 +272,10 @@ class Step:
         Raises:
             _NotFinite: what comes of it is not.
         """
-        if self._optimizer is None or self._undo is None:
-            return
         if not self.share.ranks.alone:
             self._read()  # of all processes: a sum of what was finite may not be
+        if self._optimizer is None or self._undo is None:
+            return
         self._undo.note()
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor

@@ -115,6 +115,7 @@ class Tuning:
         while more and not (self.stopped or self.done):
             batch = self._data.draw()
             more = batch is not END
+            self._data.check_processes(batch)
             if more:
                 self._count(self._take(batch, asked))
             else:
@@ -133,7 +134,6 @@ class Tuning:
         return self._max_steps is not None and self.step >= self._max_steps
 
     def _take(self, batch: object, asked: Callable[[], dict[str, bool]]) -> StepRecord | Undone:
-        self._data.check_processes(batch)
         x, y = unpack(batch)
         if not len(x):
             raise ValueError(f"data yielded a batch without examples in epoch {self.epoch}")
