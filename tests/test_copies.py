@@ -169,6 +169,19 @@ def test_functions_are_looked_for_wherever_a_module_keeps_them(change: Callable[
         split_bn(model)
 
 
+NET_OF_A_SCRIPT = nn.Module()
+
+
+def test_functions_are_looked_into_for_global_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    monkeypatch.setitem(globals(), "NET_OF_A_SCRIPT", model)
+    model.conv2.forward = lambda x: sum(NET_OF_A_SCRIPT.conv1(part) for part in (x[:, :3],))  # type: ignore
+    with pytest.raises(BNSurgeryError, match=r"attribute 'forward' of .* refers to the model"):
+        split_bn(model)
+    monkeypatch.setitem(globals(), "NET_OF_A_SCRIPT", Net())
+    split_bn(model)
+
+
 def bound(model: nn.Module) -> None:
     model.conv2.inner = model.conv2.forward
     model.conv2.forward = MethodType(lambda self, x: 2 * self.inner(x), model.conv2)  # type: ignore[method-assign]

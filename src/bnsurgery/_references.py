@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Iterator, Mapping
 from functools import partial
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ def _held(value: Any, met: set[int], *, copied: bool, lists: bool) -> Iterator[A
     parts: list[tuple[Any, bool]] = []
     if isinstance(value, FunctionType):
         parts += [(cell.cell_contents, False) for cell in value.__closure__ or () if _is_filled(cell)]
+        parts += [(value.__globals__[name], False) for name in _globals(value.__code__) if name in value.__globals__]
         parts += [(default, False) for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())]
     elif isinstance(value, MethodType):
         parts = [(value.__func__, False), (value.__self__, copied)]
@@ -70,6 +72,15 @@ def _held(value: Any, met: set[int], *, copied: bool, lists: bool) -> Iterator[A
         met.add(id(value))
     for part, as_well in parts:
         yield from _held(part, met, copied=as_well, lists=lists)
+
+
+def _globals(code: CodeType) -> set[str]:
+    """The global names that code reads, and the functions defined in it."""
+    found = {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            found |= _globals(part)
+    return found
 
 
 def _is_filled(cell: Any) -> bool:
