@@ -312,7 +312,7 @@ def adv_finetune(
             "trainable": [[name, *parameters[name].shape] for name in trainable],
             **layout_of(root),
         }
-        ends = {"max_seconds": max_seconds, "on_nonfinite": on_nonfinite, "shard": shard}
+        ends = {"max_seconds given": max_seconds is not None, "on_nonfinite": on_nonfinite, "shard": shard}
         _states.require_same_in_all(ranks, {**configuration, **ends, "data": None})
         with_callbacks = ranks.any(bool(each_epoch))
         signals = Signals(wanted=path is not None)
