@@ -245,6 +245,15 @@ def test_statistics_that_a_sum_over_examples_would_overflow_are_averaged(tmp_pat
         assert "the data of 1 of 2 processes has no batch, and that of the others has" in found["empty"]
 
 
+def test_layers_that_are_passed_twice_do_not_normalise_together(tmp_path: Path) -> None:
+    for found in finished("recomputed", 2, tmp_path):
+        for reentrant in (False, True):
+            said, before, after = found[reentrant]
+            assert 'sync="batch" does not go with activation checkpointing of BN layers' in said
+            assert equal(before, after)
+            assert found[reentrant, "buffers"] == 8
+
+
 def test_what_the_first_process_cannot_write_is_said_by_all(tmp_path: Path) -> None:
     for found in finished("unwritable", 2, tmp_path):
         assert re.search("the folder .*none' does not exist", found["folder"])

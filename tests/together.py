@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from bnsurgery import (
     PGD,
+    BNSurgeryError,
     CheckpointError,
     NonFiniteError,
     Processes,
@@ -328,6 +330,38 @@ def going_on(own: Processes, folder: Path) -> Any:
         with suppress(RuntimeError):
             tuned(build(name), checkpoint=path, checkpoint_every=0, on_step=stop, **options)
         found[name] = [expected, tuned(model, checkpoint=path, **options)]
+    return found
+
+
+class Recomputed(nn.Module):
+    """A network whose BN layer is passed once more in the backward pass."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.norm, self.last = nn.Linear(192, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
+        self.reentrant = reentrant
+        self.to(DTYPE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = checkpoint(lambda z: self.norm(z).relu(), self.first(x.flatten(1)), use_reentrant=self.reentrant)
+        return self.last(z)
+
+
+@job
+def recomputed(_: Processes, __: Path) -> Any:
+    """Activation checkpointing goes with each process's own statistics, and not with those of all together."""
+    found = {}
+    for reentrant in (False, True):
+        model = Recomputed(reentrant=reentrant)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        try:
+            tuned(model, train="all", attack=None, sync="batch")
+        except BNSurgeryError as error:
+            found[reentrant] = [str(error), before, dict(model.state_dict())]
+        found[reentrant, "buffers"] = tuned(Recomputed(reentrant=reentrant), train="all", attack=None)["record"][
+            "steps"
+        ]
     return found
 
 

@@ -216,6 +216,6 @@ class Keeper:
                 stacklevel=6,
             )
         if rank >= len(processes):
-            seed_global(self._seed + 7919 * (rank + 1))
+            seed_global((self._seed + 7919 * (rank + 1)) % 2**63)
             return {**processes[0], "random": None}
         return processes[rank]

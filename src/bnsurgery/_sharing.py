@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DistributedSampler
 
 from bnsurgery._ranks import Ranks, talking
+from bnsurgery.errors import BNSurgeryError
 from bnsurgery.layers import has_statistics, statistics
 
 Sync = Literal["buffers", "batch", "none"]
@@ -110,6 +111,7 @@ class Share:
         self.asked = dict.fromkeys(self.ASKED, False)
         self._passes_together = not ranks.alone and (sync == "batch" or waits_for_others(root))
         self._before: list[Tensor] = []
+        self._backward = False
 
     def note(self) -> None:
         """A step begins: remembers the statistics as they are now, the same in all processes."""
@@ -139,7 +141,32 @@ class Share:
     def normalising(self, rows: Rows) -> AbstractContextManager[Any]:
         """While a batch passes, BN layers in training normalise by that of all processes (``sync="batch"``)."""
         together = self.sync == "batch" and not self.ranks.alone and not rows.alone
-        return _AllRanks(self.ranks.world) if together else nullcontext()
+        return self._normalising() if together else nullcontext()
+
+    @contextmanager
+    def _normalising(self) -> Iterator[None]:
+        def look(_layer: nn.Module, _inputs: object) -> None:
+            if self._backward:  # in which torch sets modes aside: BN would normalise by this process's rows
+                raise BNSurgeryError(
+                    'sync="batch" does not go with activation checkpointing of BN layers, which passes through them '
+                    'once more in the backward pass: use sync="buffers", or leave them out of what is checkpointed'
+                )
+
+        with ExitStack() as stack:
+            for layer in self._root.modules():
+                if isinstance(layer, _BatchNorm):
+                    stack.callback(layer.register_forward_pre_hook(look).remove)
+            stack.enter_context(_AllRanks(self.ranks.world))
+            yield
+
+    @contextmanager
+    def passing_back(self) -> Iterator[None]:
+        """While the backward pass runs."""
+        self._backward = True
+        try:
+            yield
+        finally:
+            self._backward = False
 
     def agree(self, rows: Rows, trouble: bool, device: torch.device, *, parted: bool) -> tuple[float | None, bool]:
         """Before a pass in which processes wait for one another: whether all of them are to make it.
