@@ -34,17 +34,17 @@ LARGEST_OF_TIMM = 30_000_000
 class Architecture:
     """One row of the zoo."""
 
-    library: Literal["torchvision", "timm"]
+    package: Literal["torchvision", "timm"]
     name: str
     family: str
     task: Task = "classification"
 
     def __str__(self) -> str:
-        return f"{self.library}/{self.name}"
+        return f"{self.package}/{self.name}"
 
     def make(self) -> nn.Module:
         """The network as its library builds it, with random weights."""
-        if self.library == "timm":
+        if self.package == "timm":
             import timm
 
             return timm.create_model(self.name, num_classes=CLASSES)
