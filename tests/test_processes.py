@@ -245,6 +245,21 @@ def test_statistics_that_a_sum_over_examples_would_overflow_are_averaged(tmp_pat
         assert "the data of 1 of 2 processes has no batch, and that of the others has" in found["empty"]
 
 
+def test_parameters_that_become_different_end_the_run_in_all(tmp_path: Path) -> None:
+    for found in finished("apart", 2, tmp_path):
+        assert all(
+            said.startswith("the parameters of the processes have become different") for said, _ in found.values()
+        )
+        # Of three epochs of four steps; the callback changes one in the first, the optimizers in the second.
+        assert {name: epochs for name, (_, epochs) in found.items()} == {
+            "callback": [],
+            "noise": [0],
+            "nan": [0],
+            "kept": [0],
+        }
+    assert states.load(tmp_path / "apart", "adv_finetune")["tuning"]["step"] == 4
+
+
 def test_layers_that_are_passed_twice_do_not_normalise_together(tmp_path: Path) -> None:
     for found in finished("recomputed", 2, tmp_path):
         for reentrant in (False, True):

@@ -385,6 +385,53 @@ def limits(own: Processes, _: Path) -> Any:
     return found
 
 
+class Uneven(torch.optim.SGD):
+    """An optimizer that in the second process makes one step otherwise: ``spoil`` is given the parameters after it."""
+
+    def __init__(self, parameters: Any, turn: int, spoil: Callable[[Tensor], object]) -> None:
+        super().__init__(parameters, lr=0.05)
+        self.turn, self.spoil = turn, spoil
+
+    def step(self, closure: Any = None) -> Any:
+        self.turn -= 1
+        super().step(closure)
+        if self.turn == 0 and os.environ["RANK"] == "1":
+            self.spoil(self.param_groups[0]["params"][0].data)
+
+
+@job
+def apart(own: Processes, folder: Path) -> Any:
+    """Updates that one process makes otherwise than the other."""
+    import warnings
+
+    def change(record: Any, model: nn.Module) -> None:
+        if record.step == 1 and own.rank == 1:
+            model[2].bias.data[0] += 1e-12
+
+    def noisy(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return Uneven(parameters, 5, lambda value: value.add_(1e-9 * torch.randn_like(value)))
+
+    def nan(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return Uneven(parameters, 5, lambda value: value.fill_(float("nan")))
+
+    cases: dict[str, dict[str, Any]] = {
+        "callback": {"on_step": change},
+        "noise": {"optimizer": noisy},
+        "nan": {"optimizer": nan},
+        "kept": {"optimizer": nan, "checkpoint": folder / "apart", "checkpoint_every": 0},
+    }
+    found: dict[str, Any] = {}
+    for name, options in cases.items():
+        seen: list[int] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where it is NaN
+            try:
+                tuned(network("dense"), epochs=3, callbacks=lambda record, _: seen.append(record.epoch), **options)  # noqa: B023
+            except BNSurgeryError as error:
+                found[name] = [str(error), seen]
+    return found
+
+
 class Stream:
     """Data without a length."""
 

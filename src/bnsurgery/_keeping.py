@@ -148,7 +148,12 @@ class Keeper:
             )
 
     def _try_to_save(self) -> None:
-        """Writes a checkpoint; where that fails, the run goes on, and the one before it stays."""
+        """Writes a checkpoint; where that fails, the run goes on, and the one before it stays.
+
+        Raises:
+            BNSurgeryError: the parameters of several processes have become different.
+        """
+        self._tuning.require_same()
         state = self._state()
         try:
             if self._ranks.first:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._branches import by_example
 from bnsurgery._copies import evaluation_copy
-from bnsurgery._modes import global_state, preserved
+from bnsurgery._modes import Buffers, global_state, preserved
+from bnsurgery._random import global_random_state, set_global_random_state
+from bnsurgery._ranks import waits_for_others
 from bnsurgery._tracing import leaves
 from bnsurgery.layers import device_of, has_statistics
 
@@ -41,6 +43,42 @@ def runs_channels_last(model: nn.Module, x: Tensor, *, modes: Sequence[bool], ho
             copy(channels_last(x.detach().clone()))
         return True
     return False
+
+
+class StepLayouts:
+    """Whether training steps are made in the memory format that is fastest for images, by the shape of an example."""
+
+    def __init__(self, root: nn.Module, *, wanted: bool) -> None:
+        self._root, self._wanted = root, wanted
+        self._found: dict[torch.Size, bool] = {}
+
+    def try_out(self, x: Tensor) -> None:
+        """Finds out for inputs (N, ...) like x, on a copy of the model."""
+        # One example may not do in training mode, which says nothing of larger batches.
+        if not self._wanted or x.dim() != 4 or x.shape[1:] in self._found or len(x) < 2:
+            return
+        # In training mode SyncBatchNorm waits for the other processes, which need not be trying this out.
+        modes = (False,) if waits_for_others(self._root) else (False, True)
+        self._found[x.shape[1:]] = runs_channels_last(self._root, x[:2], modes=modes, hooks=False)
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """Inputs as the model takes them."""
+        if not self._wanted or x.dim() != 4:
+            return x
+        return channels_last(x) if self._found.get(x.shape[1:]) else x.contiguous()
+
+    def run(self, model: Callable[[Tensor], Tensor], x: Tensor, before: Buffers) -> Tensor:
+        """What a model gives; in the usual layout where a hook, which was not tried out, takes no other."""
+        random = global_random_state(device_of(self._root)) if self._found.get(x.shape[1:]) else None
+        try:
+            return model(x)
+        except RuntimeError as error:
+            if random is None or "view size is not compatible" not in str(error):
+                raise
+        self._found[x.shape[1:]] = False
+        before.restore()
+        set_global_random_state(random, device_of(self._root))  # a run that goes on from here does not try
+        return model(x.contiguous())
 
 
 def can_be_cut(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnsurgery.errors import BNSurgeryError, LostProcessError
 
@@ -103,6 +103,11 @@ class Ranks:
                 dist.broadcast(whole, src=0)
                 if not self.first:
                     tensor.copy_(whole)
+
+
+def waits_for_others(model: nn.Module) -> bool:
+    """Whether a pass of a model waits for the other processes."""
+    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
 
 
 @contextmanager

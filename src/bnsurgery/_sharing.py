@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 from torch.utils.data import DistributedSampler
 
-from bnsurgery._ranks import Ranks, talking
+from bnsurgery import _states
+from bnsurgery._ranks import Ranks, waits_for_others
+from bnsurgery._synchronized import Synchronized
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.layers import has_statistics, statistics
 
@@ -111,7 +110,7 @@ class Share:
         self.asked = dict.fromkeys(self.ASKED, False)
         self._passes_together = not ranks.alone and (sync == "batch" or waits_for_others(root))
         self._before: list[Tensor] = []
-        self._backward = False
+        self._synchronized = Synchronized(root, ranks.world) if sync == "batch" and not ranks.alone else None
 
     def note(self) -> None:
         """A step begins: remembers the statistics as they are now, the same in all processes."""
@@ -140,33 +139,11 @@ class Share:
 
     def normalising(self, rows: Rows) -> AbstractContextManager[Any]:
         """While a batch passes, BN layers in training normalise by that of all processes (``sync="batch"``)."""
-        together = self.sync == "batch" and not self.ranks.alone and not rows.alone
-        return self._normalising() if together else nullcontext()
+        return nullcontext() if self._synchronized is None or rows.alone else self._synchronized.passing()
 
-    @contextmanager
-    def _normalising(self) -> Iterator[None]:
-        def look(_layer: nn.Module, _inputs: object) -> None:
-            if self._backward:  # in which torch sets modes aside: BN would normalise by this process's rows
-                raise BNSurgeryError(
-                    'sync="batch" does not go with activation checkpointing of BN layers, which passes through them '
-                    'once more in the backward pass: use sync="buffers", or leave them out of what is checkpointed'
-                )
-
-        with ExitStack() as stack:
-            for layer in self._root.modules():
-                if isinstance(layer, _BatchNorm):
-                    stack.callback(layer.register_forward_pre_hook(look).remove)
-            stack.enter_context(_AllRanks(self.ranks.world))
-            yield
-
-    @contextmanager
-    def passing_back(self) -> Iterator[None]:
+    def passing_back(self) -> AbstractContextManager[None]:
         """While the backward pass runs."""
-        self._backward = True
-        try:
-            yield
-        finally:
-            self._backward = False
+        return nullcontext() if self._synchronized is None else self._synchronized.passing_back()
 
     def agree(self, rows: Rows, trouble: bool, device: torch.device, *, parted: bool) -> tuple[float | None, bool]:
         """Before a pass in which processes wait for one another: whether all of them are to make it.
@@ -220,6 +197,22 @@ class Share:
             raise ValueError(
                 f"the data of {round(ended)} of {self.ranks.world} processes has ended before that of the others: give "
                 "all of them equally many batches (see DistributedSampler)"
+            )
+
+    def require_same(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Parameters are to be the same in all processes, to the bit, after any number of steps.
+
+        Raises:
+            BNSurgeryError: they are not.
+        """
+        if self.ranks.alone:
+            return
+        own = _states.fingerprint((str(number), parameter) for number, parameter in enumerate(parameters))
+        if len(set(self.ranks.gather(own))) > 1:
+            raise BNSurgeryError(
+                "the parameters of the processes have become different, though each is to make the same updates: look "
+                "for what one of them does alone (an optimizer that draws random numbers or gives NaN, a callback that "
+                "changes parameters or the optimizer's options); a checkpoint on disk is of before that"
             )
 
     def _moving(self) -> list[Tensor]:
@@ -314,102 +307,4 @@ def _wide(parameters: list[nn.Parameter], moving: list[Tensor]) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in (*parameters, *moving)) else torch.float32
 
 
-def waits_for_others(model: nn.Module) -> bool:
-    """Whether a pass of a model waits for the other processes."""
-    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-
-
-class _AllRanks(TorchFunctionMode):
-    """BN in training normalises by the statistics of all processes' batches together, and records those."""
-
-    def __init__(self, world: int) -> None:
-        super().__init__()
-        self._world = world
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        named = kwargs or {}
-        if func is F.batch_norm:
-            call = dict(zip(("input", "running_mean", "running_var", "weight", "bias", "training"), args, strict=False))
-            call |= dict(zip(("momentum", "eps"), args[6:], strict=False)) | named
-            if call.get("training", False):
-                return self._normalised(**call)
-        return func(*args, **named)
-
-    def _normalised(
-        self,
-        input: Tensor,  # noqa: A002 - torch's name
-        running_mean: Tensor | None = None,
-        running_var: Tensor | None = None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = True,  # noqa: ARG002 - torch's signature
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        output, mean, variance, count = _Together.apply(input, weight, bias, eps, self._world)
-        if running_mean is not None and running_var is not None:
-            with torch.no_grad():
-                unbiased = variance * (count / (count - 1))
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        made: Tensor = output
-        return made
-
-
-class _Together(torch.autograd.Function):
-    """BN of a batch that is spread over processes; its forward and backward pass each talk to the others once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, world: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Outputs like x, the mean (C,) and biased variance (C,) of all, and the count per channel."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        axes = [0, *range(2, x.dim())]
-        count = x.numel() // x.shape[1]
-        variance, mean = torch.var_mean(x.to(wide), axes, correction=0)
-        own = torch.cat([mean.new_tensor([count]), mean, variance])
-        parts = [torch.empty_like(own) for _ in range(world)]
-        with talking():
-            dist.all_gather(parts, own)
-        every = torch.stack(parts)
-        counts, means, variances = every[:, :1], *every[:, 1:].chunk(2, dim=1)
-        total = counts.sum()
-        mean = (means * counts).sum(0) / total
-        # Between the processes' means, and within their parts (Chan, Golub and LeVeque, 1979).
-        variance = ((variances + (means - mean).square()) * counts).sum(0) / total
-        scale = (variance + eps).rsqrt()
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        normalised = (x.to(wide) - mean.view(shape)) * scale.view(shape)
-        output = normalised if weight is None else normalised * weight.to(wide).view(shape)
-        output = output if bias is None else output + bias.to(wide).view(shape)
-        ctx.save_for_backward(x, weight, mean, scale, total)
-        ctx.axes, ctx.shape, ctx.wide, ctx.with_bias = axes, shape, wide, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(mean, variance, total)
-        return output.to(x.dtype), mean, variance, total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        """Gradients: of the inputs by way of all processes' statistics, of weight and bias this process's share."""
-        x, weight, mean, scale, total = ctx.saved_tensors
-        gradient = gradient.to(ctx.wide)
-        normalised = (x.to(ctx.wide) - mean.view(ctx.shape)) * scale.view(ctx.shape)
-        by_bias, by_weight = gradient.sum(ctx.axes), (gradient * normalised).sum(ctx.axes)
-        sums = torch.cat([by_bias, by_weight])
-        with talking():
-            dist.all_reduce(sums)
-        every_bias, every_weight = (part.view(ctx.shape) / total for part in sums.chunk(2))
-        factor = scale if weight is None else scale * weight.to(ctx.wide)
-        to_x = factor.view(ctx.shape) * (gradient - every_bias - normalised * every_weight)
-        return (
-            to_x.to(x.dtype),
-            None if weight is None else by_weight.to(weight.dtype),
-            None if ctx.with_bias is None else by_bias.to(ctx.with_bias),
-            None,
-            None,
-        )
-
-
-__all__ = ["SHARD", "SYNC", "Rows", "Shard", "Share", "Sum", "Sync", "splits", "waits_for_others", "without_ddp"]
+__all__ = ["SHARD", "SYNC", "Rows", "Shard", "Share", "Sum", "Sync", "splits", "without_ddp"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,29 +14,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnsurgery._branches import routed
 from bnsurgery._crafting import AttackStep
-from bnsurgery._data import check_labels, given
+from bnsurgery._data import check_labels
 from bnsurgery._frozen import nothing_kept
-from bnsurgery._layouts import channels_last, runs_channels_last
+from bnsurgery._layouts import StepLayouts
 from bnsurgery._modes import Buffers, global_state
 from bnsurgery._nonfinite import first_nonfinite, is_finite, largest
-from bnsurgery._random import global_random_state, set_global_random_state
+from bnsurgery._ranks import waits_for_others
 from bnsurgery._records import StepRecord, Undone
 from bnsurgery._routing import Rows as Runs
-from bnsurgery._sharing import Rows, Share, Sum, waits_for_others, without_ddp
+from bnsurgery._sharing import Rows, Share, Sum, without_ddp
+from bnsurgery._troubles import NotFinite, OneValue, kind_of, of_all, one_value_ends
 from bnsurgery._undo import Undo
 from bnsurgery.attacks import Loss, Part
 from bnsurgery.errors import NonFiniteError
 from bnsurgery.layers import device_of, named_parameters, unwrap
 
 OnNonFinite = Literal["skip", "raise"]
-
-
-class _OneValue(Exception):  # noqa: N818 - not an error: it ends a forward pass
-    """A BN layer in training mode was given one value per channel."""
-
-
-class _NotFinite(Exception):  # noqa: N818 - not an error to the caller, unless it is asked to be
-    """A number is NaN or infinite; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +71,9 @@ class Step:
         self.model, self.root, self._optimizer = without_ddp(model), unwrap(model), optimizer
         self._run = torch.compile(self.model) if compile else self.model
         self.share = share
-        self._images_channels_last, self._lean = images_channels_last, lean and not compile
+        self._lean = lean and not compile
         self._autocast = autocast
-        self._layouts: dict[torch.Size, bool] = {}
+        self._layouts = StepLayouts(self.root, wanted=images_channels_last)
         self.make, self._clean_fraction, self._loss = make, clean_fraction, loss
         self._branches, self._on_nonfinite = branches, on_nonfinite
         self.device = device_of(model)
@@ -128,14 +121,14 @@ class Step:
         rows = self.share.rows(x, y, clean, parted=self._branches is not None)
         made, whole = None, False
         try:
-            trouble: _OneValue | _NotFinite | None = None
+            trouble: OneValue | NotFinite | None = None
             loss, wrong, examples, labels = 0.0, 0.0, len(x), y
             try:
                 if not is_finite([rows.x]):  # where the data is: the device is not waited for
-                    raise _NotFinite("what the data gives as inputs")
+                    raise NotFinite("what the data gives as inputs")
                 labels, rows = rows.y, replace(rows, x=rows.x.to(self.device), y=rows.y.to(self.device).long())
                 made = self._made(rows)
-            except (_OneValue, _NotFinite) as error:
+            except (OneValue, NotFinite) as error:
                 trouble = error
             self._set_modes(at.consistent)
             parted = self._branches is not None
@@ -143,19 +136,19 @@ class Step:
             if trouble is None and made is not None and not elsewhere:
                 try:
                     loss, wrong = self._passed(made, rows, labels, before, weight)
-                except (_OneValue, _NotFinite) as error:
+                except (OneValue, NotFinite) as error:
                     trouble = error
             if not self.share.ranks.alone:
                 total = self._together(rows, loss, wrong, trouble, asked(), weighted=weight is not None)
                 loss, wrong, examples = total.loss, total.wrong, total.examples
-                trouble = _of_all(trouble, total.troubles)
+                trouble = of_all(trouble, total.troubles)
             if trouble is not None:
                 raise trouble
             self._update(at.factor)
             whole = True
-        except _OneValue as error:
+        except OneValue as error:
             return Undone("left out", str(error))
-        except _NotFinite as error:
+        except NotFinite as error:
             self._take_back(before)
             where = str(error) if made is None else self._where(made, rows.clean, at, random, otherwise=str(error))
             if self._on_nonfinite == "raise":
@@ -178,6 +171,10 @@ class Step:
         """
         self.share.ended(self._parameters, self.device)
 
+    def require_same(self) -> None:
+        """Raises :class:`BNSurgeryError` where what the optimizer moves differs from process to process."""
+        self.share.require_same(self._parameters)
+
     def _take_back(self, before: Buffers) -> None:
         """The model and the optimizer become what they were; may be called again."""
         before.restore()
@@ -193,15 +190,12 @@ class Step:
     def _made(self, rows: Rows) -> Tensor:
         """The batch to train on, its first part clean, the rest adversarial, in the layout of the step."""
         x, clean = rows.x, rows.clean
-        last = self._takes_channels_last(x)
-        watched = self._watched(len(x), clean) and self.make is not None and self.make.live
+        self._layouts.try_out(x)
         if self.make is not None and clean < len(x):
             of = None if rows.every == 1 else Part(slice(rows.first, None, rows.every), rows.whole)
-            with self._one_value_ends(watched), self._through(0, len(x)):
+            with self._one_value_ends(self.make.live, len(x), clean), self._through(0, len(x)):
                 x = torch.cat([x[:clean], self.make(x[clean:], rows.y[clean:], of)])
-        if self._images_channels_last and x.dim() == 4:
-            x = channels_last(x) if last else x.contiguous()
-        return x
+        return self._layouts.arranged(x)
 
     def _passed(
         self, x: Tensor, rows: Rows, labels: Tensor, before: Buffers, weight: float | None
@@ -215,9 +209,10 @@ class Step:
         lean = nothing_kept(self.model) if self._lean else nullcontext()
         with lean, self._through(clean, len(x)), self.share.normalising(rows):
             # One value here is one of more where processes normalise together, and all have to be there.
-            watch = self._one_value_ends(weight is None and self._watched(len(x), rows.clean))
+            watch = self._one_value_ends(weight is None, len(x), rows.clean)
             with watch, torch.set_grad_enabled(self._optimizer is not None):
-                logits = self._logits(x, before)
+                with self._mixed_precision(x):
+                    logits = self._layouts.run(self._run, x, before)
                 check_labels(labels, logits)
                 if self._autocast is not None:
                     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -234,7 +229,7 @@ class Step:
         rows: Rows,
         loss: float,
         wrong: float,
-        trouble: _OneValue | _NotFinite | None,
+        trouble: OneValue | NotFinite | None,
         asked: dict[str, bool],
         *,
         weighted: bool,
@@ -246,7 +241,7 @@ class Step:
             weighted=weighted,
             loss=loss,
             wrong=wrong,
-            trouble=_kind(trouble),
+            trouble=kind_of(trouble),
             asked=asked,
             device=self.device,
         )
@@ -255,7 +250,7 @@ class Step:
         """Some numbers; with them, in one answer from the device, whether buffers and gradients are finite.
 
         Raises:
-            _NotFinite: one of all these is not.
+            NotFinite: one of all these is not.
         """
         buffers = [buffer for module, name in self._buffers if (buffer := module._buffers[name]) is not None]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -264,14 +259,14 @@ class Step:
         if not math.isfinite(values[0]):
             before = is_finite([*buffers, *numbers])
             gradient = self._name_of_last(lambda parameter: parameter.grad) if before else None
-            raise _NotFinite("the loss" if gradient is None else f"the gradient of {gradient}")
+            raise NotFinite("the loss" if gradient is None else f"the gradient of {gradient}")
         return values[1:]
 
     def _update(self, factor: float) -> None:
         """The optimizer's step.
 
         Raises:
-            _NotFinite: what comes of it is not.
+            NotFinite: what comes of it is not.
         """
         if not self.share.ranks.alone:
             self._read()  # of all processes: a sum of what was finite may not be
@@ -282,7 +277,7 @@ class Step:
             group["lr"] = rate * factor
         self._optimizer.step()
         if not is_finite(self._parameters):
-            raise _NotFinite(f"the optimizer's update of {self._name_of_last(lambda parameter: parameter)}")
+            raise NotFinite(f"the optimizer's update of {self._name_of_last(lambda parameter: parameter)}")
 
     def _name_of_last(self, value: Callable[[nn.Parameter], Tensor | None]) -> str | None:
         """The last parameter, which is the first that a backward pass comes to, of which a value is not finite."""
@@ -297,7 +292,7 @@ class Step:
         """Where in a pass numbers went wrong, in words; looked for once a run, as it takes a pass of its own."""
         if not is_finite([x]):
             return "what the attack gives"
-        if self._looked or not self._takes_passes_of_its_own:
+        if self._looked or waits_for_others(self.root):
             return otherwise
         self._looked = self._on_nonfinite == "skip"
         before = Buffers(self.root)
@@ -313,14 +308,10 @@ class Step:
             before.restore()
         return found or otherwise
 
-    @property
-    def _takes_passes_of_its_own(self) -> bool:
-        """Whether the model can be run when other processes do not: SyncBatchNorm waits for them."""
-        return not waits_for_others(self.root)
-
-    def _watched(self, count: int, clean: int) -> bool:
-        """Whether a BN layer may be given one value per channel."""
-        return 1 in (count, count - clean) or (self._branches is not None and clean == 1)
+    def _one_value_ends(self, watch: bool, count: int, clean: int) -> AbstractContextManager[None]:
+        """Watches for BN layers that are given one value per channel, where a batch may come to that."""
+        few = 1 in (count, count - clean) or (self._branches is not None and clean == 1)
+        return one_value_ends(self.root) if watch and few else nullcontext()
 
     def _through(self, clean: int, count: int) -> AbstractContextManager[None]:
         """Sends the first ``clean`` of so many examples through the clean branch, the rest through the adversarial."""
@@ -339,61 +330,3 @@ class Step:
 
     def _mixed_precision(self, x: Tensor) -> AbstractContextManager[object]:
         return torch.autocast(x.device.type, self._autocast) if self._autocast is not None else nullcontext()
-
-    def _logits(self, x: Tensor, before: Buffers) -> Tensor:
-        """The model's own in training mode; with images in the usual layout where a hook takes no other."""
-        tried = self._layouts.get(x.shape[1:], False)
-        random = global_random_state(self.device) if tried else None
-        with self._mixed_precision(x):
-            try:
-                logits: Tensor = self._run(x)
-            except RuntimeError as error:
-                if random is None or "view size is not compatible" not in str(error):
-                    raise
-                self._layouts[x.shape[1:]] = False
-                before.restore()
-                set_global_random_state(random, self.device)  # a run that goes on from here does not try
-                logits = self._run(x.contiguous())
-        return logits
-
-    def _takes_channels_last(self, x: Tensor) -> bool:
-        """Whether the step is to be made in the memory format that is fastest for images."""
-        if not self._images_channels_last or x.dim() != 4:
-            return False
-        if x.shape[1:] not in self._layouts:
-            if len(x) < 2:  # one example may not do in training mode, which says nothing of larger batches
-                return False
-            # In training mode SyncBatchNorm waits for the other processes, which need not be trying this out.
-            modes = (False, True) if self._takes_passes_of_its_own else (False,)
-            self._layouts[x.shape[1:]] = runs_channels_last(self.root, x[:2], modes=modes, hooks=False)
-        return self._layouts[x.shape[1:]]
-
-    @contextmanager
-    def _one_value_ends(self, watch: bool) -> Iterator[None]:
-        """Watches, where a batch is of one, for BN layers that would have to take the variance of one value."""
-
-        def look(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-            x = given(inputs, named)
-            if layer.training and x.numel() == x.shape[1]:
-                raise _OneValue(f"a BN layer was given one value per channel, {tuple(x.shape)}")
-
-        with ExitStack() as stack:
-            if watch:
-                for module in self.root.modules():
-                    if isinstance(module, _BatchNorm):
-                        stack.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
-            yield
-
-
-def _kind(trouble: _OneValue | _NotFinite | None) -> str | None:
-    """As counts and records have it."""
-    return None if trouble is None else "left out" if isinstance(trouble, _OneValue) else "skipped"
-
-
-def _of_all(own: _OneValue | _NotFinite | None, troubles: dict[str, int]) -> _OneValue | _NotFinite | None:
-    """What is in the way of all processes, the same in all: of two kinds a number that is not finite."""
-    if troubles["skipped"]:
-        return own if isinstance(own, _NotFinite) else _NotFinite("a number in another process")
-    if troubles["left out"]:
-        return own or _OneValue("a BN layer of another process was given one value per channel")
-    return None

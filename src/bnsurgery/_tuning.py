@@ -103,6 +103,9 @@ class Tuning:
         Args:
             after: called after each step with whether the epoch ends with it, and once after the last batch.
             asked: what this process asks of all, called in each step.
+
+        Raises:
+            BNSurgeryError: the parameters of several processes have become different.
         """
         if not self._data.under_way:
             self._data.begin(self.epoch)
@@ -124,9 +127,14 @@ class Tuning:
             self.tally.seconds = time.perf_counter() - began
             after(not more or self.stopped or self.done)
         self._check_length(ended=not more)
+        self.require_same()
         self._data.end()
         self.tally.seconds = time.perf_counter() - began
         return self.tally.record(self.epoch, self._step.lr)
+
+    def require_same(self) -> None:
+        """Raises :class:`BNSurgeryError` where what trains differs from process to process."""
+        self._step.require_same()
 
     @property
     def done(self) -> bool:

@@ -6,20 +6,33 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from bnsurgery import _checkpoints, _states
 from bnsurgery._allocator import keeping_memory
-from bnsurgery._branches import layout_of, routers
+from bnsurgery._arguments import (
+    DataOrder,
+    OptimizerLike,
+    Train,
+    attack_text,
+    check,
+    check_choices,
+    check_consistent,
+    check_warmup,
+    goes_through_branches,
+    optimizer_over,
+    options_of,
+    schedule_of,
+)
+from bnsurgery._branches import layout_of
 from bnsurgery._crafting import AttackStep
-from bnsurgery._data import is_pair
 from bnsurgery._keeping import Keeper
 from bnsurgery._modes import global_state, preserved
 from bnsurgery._random import seed_global
@@ -30,11 +43,10 @@ from bnsurgery._sharing import Shard, Share, Sync, splits
 from bnsurgery._signals import Signals
 from bnsurgery._source import Data, described
 from bnsurgery._step import OnNonFinite, Step
-from bnsurgery._tuning import SCHEDULES, Schedule, Tuning
-from bnsurgery.adapters import check_attack, configuration_of, describe_attack
+from bnsurgery._tuning import Schedule, Tuning
+from bnsurgery.adapters import check_attack
 from bnsurgery.attacks import PGD, Loss, cross_entropy
 from bnsurgery.engine import (
-    STEP_PRECISIONS,
     Engine,
     EngineLike,
     Precision,
@@ -43,17 +55,11 @@ from bnsurgery.engine import (
     chosen_engine,
     dtype_for,
 )
-from bnsurgery.errors import BNSurgeryError, BNSurgeryWarning
+from bnsurgery.errors import BNSurgeryWarning
 from bnsurgery.freezing import freeze_except_bn
-from bnsurgery.layers import bn_layers, device_of, named_parameters, require_statistics, unwrap
-from bnsurgery.surgery import require_branches
+from bnsurgery.layers import device_of, named_parameters, unwrap
 
-Train = Literal["bn", "bn-params", "bn-stats", "all", "as-is"]
-TRAIN: tuple[Train, ...] = get_args(Train)
-DataOrder = Literal["same", "any"]
-OptimizerLike = torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-__all__ = ["EpochRecord", "Finetuning", "StepRecord", "adv_finetune"]
+__all__ = ["EpochRecord", "Finetuning", "StepRecord", "Train", "adv_finetune"]
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,8 @@ def adv_finetune(
         OSError: the first checkpoint cannot be written, or read.
         BNSurgeryError: the attack returned something else than inputs of the same shape; ``sync="batch"``, and a BN
             layer is passed once more in the backward pass (activation checkpointing); the optimizer's state holds
-            what cannot be kept in a checkpoint; of several processes one has been told to end; or this is
+            what cannot be kept in a checkpoint; of several processes one has been told to end, or one has made
+            updates that the others have not (looked at before each checkpoint and at the end of each epoch); or this is
             ``torch.inference_mode()``.
 
     Warns:
@@ -244,30 +251,32 @@ def adv_finetune(
         >>> run.trainable, run.steps
         (('2.weight', '2.bias'), 8)
     """
-    _check(data, epochs, train, clean_fraction, max_steps, max_seconds)
-    for name, value, kind in (
-        ("data_order", data_order, DataOrder),
-        ("on_nonfinite", on_nonfinite, OnNonFinite),
-        ("shard", shard, Shard),
-        ("sync", sync, Sync),
-    ):
-        if value not in get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
-    if not checkpoint_every >= 0:
-        raise ValueError(f"checkpoint_every must be at least 0, got {checkpoint_every}")
+    check(
+        data,
+        epochs=epochs,
+        max_steps=max_steps,
+        max_seconds=max_seconds,
+        checkpoint_every=checkpoint_every,
+        clean_fraction=clean_fraction,
+    )
+    check_choices(
+        data_order=data_order,
+        on_nonfinite=on_nonfinite,
+        shard=shard,
+        step_precision=step_precision,
+        sync=sync,
+        train=train,
+    )
     if attack is not None:
         check_attack(attack)
-    _check_warmup(eps_warmup, epochs, attack)
-    factor = _schedule(schedule)
+    check_warmup(eps_warmup, epochs, attack)
+    factor = schedule_of(schedule)
     switches = chosen_engine(engine)
     check_precision(precision, switches)
-    if step_precision not in STEP_PRECISIONS:
-        known = ", ".join(map(repr, STEP_PRECISIONS))
-        raise ValueError(f"step_precision must be one of {known}, got {step_precision!r}")
     each_epoch = (callbacks,) if callable(callbacks) else tuple(callbacks)
     root, device = unwrap(model), device_of(model)
-    parted = _parted(root, branches)
-    _check_consistent(consistent_bn_after, epochs, train, root)
+    parted = goes_through_branches(root, branches)
+    check_consistent(consistent_bn_after, epochs, train, root)
     path = None if checkpoint is None else Path(checkpoint)
     ranks = Ranks()
     _states.require_folder(path)
@@ -281,7 +290,7 @@ def adv_finetune(
         source = Data(data, watched=path is not None, share=share)
         seed_global((seed + 7919 * (ranks.rank + 1)) % 2**63)
         parameters = named_parameters(root)
-        chosen = _optimizer(optimizer, [parameters[name] for name in trainable], lr, momentum, weight_decay)
+        chosen = optimizer_over(optimizer, [parameters[name] for name in trainable], lr, momentum, weight_decay)
         dtype = None if switches is None else dtype_for(root, precision, lower=isinstance(attack, PGD))
         copies = None if switches is None else Replicas(root, switches, dtype=dtype, compile=compile)
         if precision != "auto" and (attack is None or not can_attack_a_copy(attack, root)):
@@ -292,7 +301,7 @@ def adv_finetune(
             autocast = dtype_for(root, "auto", lower=True)
         ranks.as_first(list(_checkpoints.tensors(root, tuple(parameters)).values()))
         configuration = {
-            "attack": _described(attack, eps_warmup),
+            "attack": attack_text(attack, eps_warmup),
             "branches": list(branches) if parted else None,
             "clean_fraction": float(clean_fraction),
             "compile": compile,
@@ -304,7 +313,7 @@ def adv_finetune(
             "max_steps": max_steps,
             "optimizer": None if chosen is None else type(chosen).__name__,
             "engine": [repr(switches and replace(switches, keep_memory=True)), str(dtype)],  # what may round otherwise
-            "options": [] if chosen is None else [_options(group) for group in chosen.param_groups],
+            "options": [] if chosen is None else [options_of(group) for group in chosen.param_groups],
             "schedule": schedule if isinstance(schedule, str) else "function",
             "seed": seed,
             "step": str(autocast),
@@ -410,104 +419,3 @@ def _training(model: nn.Module, train: Train, also: str | Iterable[str]) -> Iter
                 f"train={train!r}, and no BN layer has a gamma or beta: nothing trains; name some with also="
             )
         yield freeze.trainable
-
-
-def _optimizer(
-    given: OptimizerLike | None, parameters: list[nn.Parameter], lr: float, momentum: float, weight_decay: float
-) -> torch.optim.Optimizer | None:
-    if not parameters:
-        return None
-    if given is None:
-        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, nesterov=momentum > 0, weight_decay=weight_decay)
-    chosen = given if isinstance(given, torch.optim.Optimizer) else given(parameters)
-    held = {id(parameter) for group in chosen.param_groups for parameter in group["params"]}
-    missing = sum(id(parameter) not in held for parameter in parameters)
-    if missing:
-        raise ValueError(f"the optimizer lacks {missing} of the {len(parameters)} parameters that train")
-    return chosen
-
-
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """What sets a parameter group apart, as plain values."""
-    plain = {name: value for name, value in group.items() if isinstance(value, (bool, int, float, tuple, str))}
-    return plain | {"parameters": len(group["params"])}
-
-
-def _schedule(schedule: str | Schedule) -> Schedule:
-    if callable(schedule):
-        return schedule
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))} or a function, got {schedule!r}")
-    return SCHEDULES[schedule]
-
-
-def _check(
-    data: object, epochs: int, train: str, clean_fraction: float, max_steps: int | None, max_seconds: float | None
-) -> None:
-    if train not in TRAIN:
-        raise ValueError(f"train must be one of {', '.join(map(repr, TRAIN))}, got {train!r}")
-    for name, value in (("epochs", epochs), ("max_steps", max_steps)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-        if value is not None and int(value) != value:
-            raise ValueError(f"{name} must be a whole number, got {value}")
-    if max_seconds is not None and not max_seconds > 0:
-        raise ValueError(f"max_seconds must be above 0, got {max_seconds}")
-    if not 0 <= clean_fraction <= 1:
-        raise ValueError(f"clean_fraction must lie in [0, 1], got {clean_fraction}")
-    if is_pair(data):
-        raise ValueError("data must be an iterable of (x, y) batches, got one pair of tensors: use a DataLoader")
-    if not isinstance(data, Iterable):
-        raise ValueError(
-            f"data must be an iterable of (x, y) batches, got {type(data).__name__}: put a Dataset in a DataLoader"
-        )
-
-
-def _check_warmup(eps_warmup: int, epochs: int, attack: Any) -> None:
-    if not (0 <= eps_warmup < epochs and int(eps_warmup) == eps_warmup):
-        raise ValueError(f"eps_warmup must be a whole number from 0 to below epochs={epochs}, got {eps_warmup}")
-    if eps_warmup and not isinstance(attack, PGD):
-        what = "None" if attack is None else describe_attack(attack)
-        raise ValueError(f"eps_warmup goes with a PGD as attack, got {what}")
-
-
-def _parted(model: nn.Module, branches: tuple[str, str]) -> bool:
-    """Whether the examples of a batch are to take these branches: the model is split, and none has been chosen."""
-    found = routers(model)
-    if not isinstance(branches, (tuple, list)) or len(branches) != 2:
-        raise ValueError(f"branches must be two, for clean and for adversarial examples, got {branches!r}")
-    if not found and tuple(branches) != ("clean", "adv"):
-        raise ValueError(f"branches={branches!r}, and no BN layer is split: use split_bn, which returns a copy")
-    chosen = [router.chosen is not None for router in found]
-    if all(chosen):
-        return False
-    if any(chosen):
-        raise BNSurgeryError(
-            "use_branch has chosen for some split layers and not for others, which were split by another call: choose "
-            "for the whole model, or for none"
-        )
-    try:
-        require_branches(model, branches)
-    except ValueError as error:
-        raise ValueError(f"branches={branches!r}: {error}; name two of these, or choose one by use_branch") from None
-    return True
-
-
-def _check_consistent(consistent_bn_after: int | None, epochs: int, train: str, model: nn.Module) -> None:
-    if consistent_bn_after is None:
-        return
-    whole = isinstance(consistent_bn_after, int) and not isinstance(consistent_bn_after, bool)
-    if not (whole and 0 <= consistent_bn_after < epochs):
-        raise ValueError(
-            f"consistent_bn_after must be a whole number from 0 to below epochs={epochs}, got {consistent_bn_after!r}"
-        )
-    if train == "bn-stats":
-        raise ValueError("consistent_bn_after holds the statistics, and with train='bn-stats' nothing else moves")
-    for name, layer in bn_layers(model).items():
-        require_statistics(name, layer, "consistent_bn_after")
-
-
-def _described(attack: Any, eps_warmup: int) -> str:
-    """For the configuration of a checkpoint."""
-    text = "none" if attack is None else configuration_of(attack)
-    return f"{text}, eps_warmup={eps_warmup}" if eps_warmup else text
