@@ -16,7 +16,7 @@ from torch.utils.data import DistributedSampler
 
 from bnsurgery import _states
 from bnsurgery._ranks import Ranks, waits_for_others
-from bnsurgery._synchronized import Synchronized
+from bnsurgery._synchronized import synchronized
 from bnsurgery.errors import BNSurgeryError
 from bnsurgery.layers import has_statistics, statistics
 
@@ -110,7 +110,6 @@ class Share:
         self.asked = dict.fromkeys(self.ASKED, False)
         self._passes_together = not ranks.alone and (sync == "batch" or waits_for_others(root))
         self._before: list[Tensor] = []
-        self._synchronized = Synchronized(root, ranks.world) if sync == "batch" and not ranks.alone else None
 
     def note(self) -> None:
         """A step begins: remembers the statistics as they are now, the same in all processes."""
@@ -138,12 +137,9 @@ class Share:
         )
 
     def normalising(self, rows: Rows) -> AbstractContextManager[Any]:
-        """While a batch passes, BN layers in training normalise by that of all processes (``sync="batch"``)."""
-        return nullcontext() if self._synchronized is None or rows.alone else self._synchronized.passing()
-
-    def passing_back(self) -> AbstractContextManager[None]:
-        """While the backward pass runs."""
-        return nullcontext() if self._synchronized is None else self._synchronized.passing_back()
+        """While a batch and its gradients pass, BN layers in training normalise by that of all (``sync="batch"``)."""
+        together = self.sync == "batch" and not self.ranks.alone and not rows.alone
+        return synchronized(self._root, self.ranks.world) if together else nullcontext()
 
     def agree(self, rows: Rows, trouble: bool, device: torch.device, *, parted: bool) -> tuple[float | None, bool]:
         """Before a pass in which processes wait for one another: whether all of them are to make it.

@@ -218,8 +218,7 @@ class Step:
                     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 loss = self._loss(logits, rows.y).mean()
             if self._optimizer is not None:
-                with self.share.passing_back():
-                    (loss if weight is None else loss * weight).backward()  # type: ignore[no-untyped-call]
+                (loss if weight is None else loss * weight).backward()  # type: ignore[no-untyped-call]
         wrong = (logits.detach().argmax(1) != rows.y).double().mean()
         mean, share = self._read(loss.detach(), wrong)
         return mean, share

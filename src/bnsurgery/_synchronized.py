@@ -14,46 +14,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from bnsurgery._ranks import talking
-from bnsurgery.errors import BNSurgeryError
 
 
-class Synchronized:
-    """For as long as a pass takes, the BN layers of a model that are in training normalise together."""
+@contextmanager
+def synchronized(root: nn.Module, world: int) -> Iterator[None]:
+    """While a batch passes, and its gradients, the BN layers of a model that are in training normalise together.
 
-    def __init__(self, root: nn.Module, world: int) -> None:
-        self._root, self._world = root, world
-        self._backward = False
+    So they do where activation checkpointing runs them once more in the backward pass, in which torch sets modes aside:
+    each layer takes up one of its own.
+    """
+    entered: list[ExitStack] = []
 
-    @contextmanager
-    def passing(self) -> Iterator[None]:
-        """While a batch passes, and its gradients.
+    def enter(_layer: nn.Module, _inputs: object) -> None:
+        entered.append(ExitStack())
+        entered[-1].enter_context(_Mode(world))
 
-        Raises:
-            BNSurgeryError: inside it, where a BN layer is passed in the backward pass.
-        """
+    def leave(_layer: nn.Module, _inputs: object, _outputs: object) -> None:
+        if entered:  # not where another hook has raised before
+            entered.pop().close()
 
-        def look(_layer: nn.Module, _inputs: object) -> None:
-            if self._backward:  # in which torch sets modes aside: BN would normalise by this process's rows
-                raise BNSurgeryError(
-                    'sync="batch" does not go with activation checkpointing of BN layers, which passes through them '
-                    'once more in the backward pass: use sync="buffers", or leave them out of what is checkpointed'
-                )
-
-        with ExitStack() as stack:
-            for layer in self._root.modules():
-                if isinstance(layer, _BatchNorm):
-                    stack.callback(layer.register_forward_pre_hook(look).remove)
-            stack.enter_context(_Mode(self._world))
-            yield
-
-    @contextmanager
-    def passing_back(self) -> Iterator[None]:
-        """While the backward pass runs."""
-        self._backward = True
-        try:
-            yield
-        finally:
-            self._backward = False
+    with ExitStack() as stack:
+        for layer in root.modules():
+            if isinstance(layer, _BatchNorm):
+                stack.callback(layer.register_forward_pre_hook(enter).remove)
+                stack.callback(layer.register_forward_hook(leave, always_call=True).remove)
+        stack.enter_context(_Mode(world))  # BN that is no layer
+        yield
 
 
 class _Mode(TorchFunctionMode):
@@ -85,14 +71,9 @@ class _Mode(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        output, mean, variance, count = _SynchronizedBN.apply(input, weight, bias, eps, self._world)
-        if running_mean is not None and running_var is not None:
-            with torch.no_grad():
-                unbiased = variance * (count / (count - 1))
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-        made: Tensor = output
-        return made
+        running = None if running_mean is None or running_var is None else (running_mean, running_var)
+        output: Tensor = _SynchronizedBN.apply(input, weight, bias, running, momentum, eps, self._world)
+        return output
 
 
 class _SynchronizedBN(torch.autograd.Function):
@@ -100,9 +81,16 @@ class _SynchronizedBN(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, world: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Outputs like x, the mean (C,) and biased variance (C,) of all, and the count per channel."""
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: tuple[Tensor, Tensor] | None,
+        momentum: float,
+        eps: float,
+        world: int,
+    ) -> Tensor:
+        """Outputs like x; moves the running mean and variance (C,) by those of all."""
         wide = torch.promote_types(x.dtype, torch.float32)
         axes = [0, *range(2, x.dim())]
         count = x.numel() // x.shape[1]
@@ -117,6 +105,9 @@ class _SynchronizedBN(torch.autograd.Function):
         mean = (means * counts).sum(0) / total
         # Between the processes' means, and within their parts (Chan, Golub and LeVeque, 1979).
         variance = ((variances + (means - mean).square()) * counts).sum(0) / total
+        if running is not None:  # before anything is saved: activation checkpointing may go no further
+            for own, value in zip(running, (mean, variance * (total / (total - 1))), strict=True):
+                own.lerp_(value.to(own.dtype), momentum)
         scale = (variance + eps).rsqrt()
         shape = [1, -1, *[1] * (x.dim() - 2)]
         normalised = (x.to(wide) - mean.view(shape)) * scale.view(shape)
@@ -124,11 +115,10 @@ class _SynchronizedBN(torch.autograd.Function):
         output = output if bias is None else output + bias.to(wide).view(shape)
         ctx.save_for_backward(x, weight, mean, scale, total)
         ctx.axes, ctx.shape, ctx.wide, ctx.with_bias = axes, shape, wide, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(mean, variance, total)
-        return output.to(x.dtype), mean, variance, total
+        return output.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients: of the inputs by way of all processes' statistics, of weight and bias this process's share."""
         x, weight, mean, scale, total = ctx.saved_tensors
         gradient = gradient.to(ctx.wide)
@@ -144,6 +134,8 @@ class _SynchronizedBN(torch.autograd.Function):
             to_x.to(x.dtype),
             None if weight is None else by_weight.to(weight.dtype),
             None if ctx.with_bias is None else by_bias.to(ctx.with_bias),
+            None,
+            None,
             None,
             None,
         )

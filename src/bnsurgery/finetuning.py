@@ -231,8 +231,7 @@ def adv_finetune(
         NonFiniteError: a number is not finite, and ``on_nonfinite="raise"``.
         LostProcessError: another process of this run is gone or does not answer.
         OSError: the first checkpoint cannot be written, or read.
-        BNSurgeryError: the attack returned something else than inputs of the same shape; ``sync="batch"``, and a BN
-            layer is passed once more in the backward pass (activation checkpointing); the optimizer's state holds
+        BNSurgeryError: the attack returned something else than inputs of the same shape; the optimizer's state holds
             what cannot be kept in a checkpoint; of several processes one has been told to end, or one has made
             updates that the others have not (looked at before each checkpoint and at the end of each epoch); or this is
             ``torch.inference_mode()``.
