@@ -86,6 +86,21 @@ def job(function: Callable[[Processes, Path], Any]) -> Callable[[Processes, Path
     return function
 
 
+class Recomputed(nn.Module):
+    """A network whose BN layer is passed once more in the backward pass."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.norm, self.last = nn.Linear(192, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
+        self.reentrant = reentrant
+        self.to(DTYPE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = checkpoint(lambda z: self.norm(z).relu(), self.first(x.flatten(1)), use_reentrant=self.reentrant)
+        return self.last(z)
+
+
 @job
 def whole(_: Processes, __: Path) -> Any:
     """What is the same as in one process, by mathematics."""
@@ -103,6 +118,8 @@ def whole(_: Processes, __: Path) -> Any:
     found["mixed"] = tuned(network("dense"), train="all", sync="batch", clean_fraction=0.3)
     found["branches"] = tuned(split_bn(network()), train="all", sync="batch", clean_fraction=0.5)
     found["consistent"] = tuned(network(), train="all", sync="batch", consistent_bn_after=1)
+    found["recomputed"] = tuned(Recomputed(reentrant=False), train="all", sync="batch")
+    found["reentrant"] = tuned(Recomputed(reentrant=True), train="all", sync="batch", attack=None)  # takes none
     found["L2"] = tuned(network(), sync="batch", attack=PGD(0.5, 2, 0.3, norm="l2", best=True))
     found["normalised"] = tuned(
         network(), sync="batch", attack=PGD(0.03, 2, 0.02, bounds=(0.0, 2.0), mean=[0.5] * 3, std=[0.5] * 3)
@@ -331,31 +348,6 @@ def going_on(own: Processes, folder: Path) -> Any:
             tuned(build(name), checkpoint=path, checkpoint_every=0, on_step=stop, **options)
         found[name] = [expected, tuned(model, checkpoint=path, **options)]
     return found
-
-
-class Recomputed(nn.Module):
-    """A network whose BN layer is passed once more in the backward pass."""
-
-    def __init__(self, *, reentrant: bool) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first, self.norm, self.last = nn.Linear(192, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
-        self.reentrant = reentrant
-        self.to(DTYPE)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = checkpoint(lambda z: self.norm(z).relu(), self.first(x.flatten(1)), use_reentrant=self.reentrant)
-        return self.last(z)
-
-
-@job
-def recomputed(_: Processes, __: Path) -> Any:
-    """Activation checkpointing."""
-    attacks = {"reentrant": None, "not reentrant": ATTACK}  # torch has no torch.autograd.grad through the first
-    return {
-        kind: tuned(Recomputed(reentrant=kind == "reentrant"), train="all", sync="batch", attack=attack)
-        for kind, attack in attacks.items()
-    }
 
 
 @job
