@@ -27,7 +27,8 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """The options that all scripts take."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", type=Path, help="the result file; default: in benchmarks/results")
+    where = "that in benchmarks/results, or, with other hardware or versions than its, in runs/benchmarks"
+    parser.add_argument("--out", type=Path, help=f"the result file; default: {where}")
     parser.add_argument("--quick", action="store_true", help="tiny: shows that it runs, and no more")
     return parser
 

@@ -65,6 +65,7 @@ def main() -> int:
         args.repeats = args.steps = 1
     base, factors = (QUICK, QUICK_FACTORS) if args.quick else (BASE, FACTORS)
     record |= {"base": asdict(base), "seed": SEED}
+    commands = record.setdefault("commands", {})
     measured: dict[Case, dict[str, Any]] = {}  # the base is a point of each factor
     for factor in args.factors:
         print(f"\n{LABELS[factor]:12}{'ms a step':>27}{'x faster':>22}{'peak MiB':>22}")
@@ -77,6 +78,7 @@ def main() -> int:
             points[str(value)] = measured[case]
             show(value, measured[case])
         record["factors"][factor] = points
+        commands[factor] = record["environment"]["command"]
         for other, held in record["factors"].items():  # the base is the same point in all of them
             held[str(getattr(base, other))] = measured[base]
         write()

@@ -124,7 +124,7 @@ def scaling(record: Mapping[str, Any]) -> str:
             *(f"{name}, MiB" for name in names),
         )
         parts.append(table(head, rows))
-    return "\n".join(parts) + made_with(record["environment"])
+    return "\n".join(parts) + made_with(record["environment"], list(record.get("commands", {}).values()))
 
 
 def autoattack(record: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
     python benchmarks/zoo.py
     python benchmarks/zoo.py --only "torchvision/regnet*" --again
 
-The architectures are all of torchvision that have BN layers, and of timm the smallest of each module and then the
+The architectures are all of torchvision that have BN layers, and of timm the three smallest of each module and then the
 smallest of all (``tests/zoo.py`` has the rule), with random weights and small inputs. ``tests/zoo_checks.py`` has what
 each operation is compared with. Each architecture runs in a process of its own, which is ended where it takes too much
 time or memory; the result file is written after each, and what is in it is not run again.

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 PACKAGES: tuple[str, ...] = (
     "bnsurgery",
@@ -38,7 +39,9 @@ def hardware(device: torch.device | None = None) -> str:
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
     extras = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    text = f"{name}, {torch.get_num_threads()} threads{', ' if extras else ''}{' '.join(extras)}"
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    processes = f"{world} processes of " if world > 1 else ""
+    text = f"{name}, {processes}{torch.get_num_threads()} threads{', ' if extras else ''}{' '.join(extras)}"
     cuda = torch.cuda.is_available() if device is None else device.type == "cuda"
     return f"{text}; {torch.cuda.get_device_name(device)}" if cuda else text
 

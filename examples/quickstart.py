@@ -28,11 +28,12 @@ import bnsurgery
 from bnsurgery import PGD, adv_finetune, evaluate, fold_bn, freeze_except_bn, save_bn_patch
 from bnsurgery.plots import plot_errors, plot_normalized_weights
 from cifar10 import Batches, floats, full, sample
-from machine import device
+from machine import device, hardware
 from resnet import ResNet, resnet20
-from several import first, joined
+from several import command, first, joined
 
 EPS = 8 / 255
+WRITTEN = ("errors.png", "normalized_weights.png", "patch.safetensors", "record.json")
 DATA = Path(__file__).parent / "data"
 
 
@@ -184,7 +185,7 @@ def work(args: argparse.Namespace, argv: list[str] | None) -> int:
     }
     plot_errors(range(len(curve)), errors).figure.savefig(args.out / "errors.png", dpi=150)
     record = {
-        "command": " ".join(["python", "examples/quickstart.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": command("examples/quickstart.py", sys.argv[1:] if argv is None else argv),
         "seed": args.seed,
         "training_images": len(train_y),
         "settings": settings | {"attack": repr(attack), "batch_size": batches.batch_size, "measured_on": measured},
@@ -202,18 +203,8 @@ def work(args: argparse.Namespace, argv: list[str] | None) -> int:
         "hardware": hardware(args.device),
     }
     (args.out / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    names = ", ".join(sorted(path.name for path in args.out.iterdir()))
-    print(f"{record['seconds']:.0f} s on {record['hardware']}; wrote {names} to {args.out}")
+    print(f"{record['seconds']:.0f} s on {record['hardware']}; wrote {', '.join(WRITTEN)} to {args.out}")
     return 0
-
-
-def hardware(chosen: torch.device) -> str:
-    if chosen.type == "cuda":
-        return torch.cuda.get_device_name(chosen)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

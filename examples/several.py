@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +27,14 @@ def world() -> int:
 def first() -> bool:
     """Whether this is the one that prints and writes; alone, it is."""
     return world() == 1 or dist.get_rank() == 0
+
+
+def command(script: str, options: Sequence[str]) -> str:
+    """What starts a script as it has been started."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = ["--nnodes", str(world() // here)] if world() > here else []
+    start = ["torchrun", *nodes, "--nproc-per-node", str(here)] if world() > 1 else ["python"]
+    return shlex.join([*start, script, *options])
 
 
 def alone(script: str) -> None:

@@ -200,6 +200,8 @@ def test_torchrun_runs_the_quickstart_unchanged(tmp_path: Path) -> None:
     settings = record["settings"]
     first = record["finetuning"]["history"][0]
     assert first["examples"] == first["steps"] * settings["batch_size"]  # of whole batches, not of a share
+    assert record["command"] == f"torchrun --nproc-per-node 2 examples/quickstart.py --quick --out {tmp_path}"
+    assert ", 2 processes of 1 threads" in record["hardware"]
 
 
 @pytest.mark.parametrize("script", ["train_resnet20.py", "make_sample.py"])

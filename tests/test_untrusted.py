@@ -201,6 +201,13 @@ def gone_on_with(data: bytes) -> None:
     assert result.steps >= 0
 
 
+def test_what_may_have_no_end_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    os.mkfifo(path)  # as a device: reading it would wait for ever
+    with pytest.raises(CheckpointError, match=r"cannot read the checkpoint .*c': it is no file"):
+        tune(SMALL.build(), batches(4), checkpoint=path)
+
+
 @settings(max_examples=150)
 @given(st.data())
 def test_a_mutated_checkpoint_is_refused(data: st.DataObject) -> None:

@@ -198,6 +198,8 @@ def loaded(data: bytes, kind: str) -> dict[str, Any]:
 
 def _read(path: Path, kind: str) -> dict[str, Any]:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError("it is no file")  # a device may have no end
         return loaded(path.read_bytes(), kind)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else None
