@@ -310,7 +310,22 @@ def unequal(own: Processes, _: Path) -> Any:
     other = (third[0].flip(0), third[1].flip(0))
     rows = [first, second, other if own.rank else third]
     found["later"] = refusal(lambda: tuned(network("dense"), data=Stream(rows), epochs=1))
+    rows.append(batches()[3])
+    found["cut short"] = refusal(lambda: tuned(network("dense"), data=Stream(rows), epochs=1, max_steps=3))
     return found
+
+
+class Seen(nn.Module):
+    """Takes away a mean that it keeps by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(192))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.lerp_(x.detach().mean(0), 0.1)
+        return x - self.seen
 
 
 @job
@@ -328,10 +343,11 @@ def going_on(own: Processes, folder: Path) -> Any:
             return nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 10)).to(
                 DTYPE
             )
-        return nn.Sequential(network("dense"), nn.Dropout(0.3))
+        own = [Seen()] if kind == "buffer" else []
+        return nn.Sequential(nn.Flatten(), *own, network("dense"), nn.Dropout(0.3)).to(DTYPE)
 
     found: dict[str, Any] = {}
-    sizes = {"unequal": 8 - 3 * own.rank, "instance norm": 8, "none": 8}
+    sizes = {"unequal": 8 - 3 * own.rank, "instance norm": 8, "none": 8, "buffer": 8, "length": 8}
     for name, size in sizes.items():
         mine = [(x[own.rank : own.rank + size], y[own.rank : own.rank + size]) for x, y in [batches()[0], batches()[2]]]
         options = {
@@ -341,12 +357,17 @@ def going_on(own: Processes, folder: Path) -> Any:
             "train": "all",
             "sync": "none" if name == "none" else "buffers",
         }
+        if name == "length":  # of as many batches, and not as many examples
+            count = 16 - 2 * own.rank
+            rows = TensorDataset(SMALL.example(count, DTYPE), SMALL.labels(count))
+            options["data"] = DataLoader(rows, batch_size=8)
         whole, model = build(name), build(name)
         expected = tuned(whole, **options)
         path = folder / name.replace(" ", "")
         with suppress(RuntimeError):
             tuned(build(name), checkpoint=path, checkpoint_every=0, on_step=stop, **options)
         found[name] = [expected, tuned(model, checkpoint=path, **options)]
+    found["shard"] = refusal(lambda: tuned(build(name), checkpoint=path, **{**options, "shard": "split"}))
     return found
 
 
@@ -403,6 +424,7 @@ def apart(own: Processes, folder: Path) -> Any:
         "callback": {"on_step": change},
         "noise": {"optimizer": noisy},
         "nan": {"optimizer": nan},
+        "nan, with a callback of each step": {"optimizer": nan, "on_step": lambda *_: None},
         "kept": {"optimizer": nan, "checkpoint": folder / "apart", "checkpoint_every": 0},
     }
     found: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,20 @@ def fingerprint(model: nn.Module, trainable: tuple[str, ...]) -> str:
     )
 
 
-def tensors(model: nn.Module, trainable: tuple[str, ...]) -> dict[str, Tensor]:
-    """What a run changes in a model: the parameters that train and all buffers, by name; the tensors themselves."""
+def tensors(
+    model: nn.Module, trainable: tuple[str, ...], optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Tensor]:
+    """What a run changes: the parameters of a model that train and all its buffers, by name; the tensors themselves.
+
+    With them what else the optimizer moves, which is not of the model (a temperature in the loss, say), by its place.
+    """
     parameters = named_parameters(model)
     found: dict[str, Tensor] = {name: parameters[name] for name in trainable}
     for name, module in named_modules(model):
         found |= {join(name, local): buffer for local, buffer in module.named_buffers(recurse=False)}
+    known = {id(parameter) for parameter in model.parameters()}
+    moved = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+    found |= {f"optimizer, parameter {place}": p for place, p in enumerate(moved) if id(p) not in known}
     return found
 
 
@@ -157,8 +166,14 @@ def _keep_dtypes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
 
 def _options(group: dict[str, Any]) -> dict[str, str]:
     """The kinds of a parameter group's options, whose values callbacks may move, and its parameters."""
-    kinds = {name: type(value).__name__ for name, value in group.items() if name != "params"}
+    kinds = {name: _kind(value) for name, value in group.items() if name != "params"}
     return kinds | {"params": repr(group["params"])}
+
+
+def _kind(value: object) -> str:
+    """Numbers are of one kind: a schedule, a callback or JSON makes the one of the other."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return "number" if number else type(value).__name__
 
 
 def _fits(value: object, target: Tensor) -> bool:

@@ -27,6 +27,16 @@ class AttackStep:
         self.strength = 1.0
 
     @property
+    def changes(self) -> int:
+        """Of the copies, see there; a run that goes on begins with it."""
+        return 0 if self._replicas is None else self._replicas.changes
+
+    @changes.setter
+    def changes(self, changes: int) -> None:
+        if self._replicas is not None:
+            self._replicas.changes = changes
+
+    @property
     def live(self) -> bool:
         """Whether the live model itself is run."""
         return self._replicas is None or self._replicas.none

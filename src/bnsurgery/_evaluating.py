@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -232,7 +233,11 @@ def running(
     x = x.clamp(*bounds)  # rounding: attacks and the check of what they return take the bounds at their word
     kept = keeping_memory(device, wanted=switches is not None and switches.keep_memory)
     with attacking(root), torch.autocast(device.type, enabled=False), kept:
-        copies = None if switches is None else Replicas(root, switches, dtype=precision, compile=compile)
+        copies = (
+            None
+            if switches is None
+            else Replicas(root, switches, dtype=precision, compile=compile, most_changes=math.inf)
+        )
         yield Run(root, x, y, batch_size, copies, inside)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnsurgery import _checkpoints, _states
 from bnsurgery._modes import Snapshot
@@ -83,7 +83,14 @@ class Keeper:
             undo.note()
         whole = False
         try:
-            self._restore(self._path, state, same=same)
+            failed: CheckpointError | None = None
+            try:
+                self._restore(self._path, state, same=same)
+            except CheckpointError as error:  # of this process's own data, say
+                failed = error
+            said = [text for text in self._ranks.gather(None if failed is None else str(failed)) if text is not None]
+            if said:
+                raise failed or CheckpointError(said[0])
             whole = True
         finally:
             if not whole:
@@ -97,9 +104,9 @@ class Keeper:
         self.history, self.ended = _checkpoints.restore(path, state, targets, self._optimizer)
         with _states.taken_apart(path):
             self._tuning.restore(state["tuning"], len(self.history))
-            own = self._own(state["processes"])
+            own = self._own(state["processes"], split=bool(state["split"]))
             with torch.no_grad():
-                for name, value in own["statistics"].items():
+                for name, value in own["buffers"].items():
                     targets[name].copy_(value)
             self._generator.set_state(own["attack"])
             found = Place(**own["data"])
@@ -171,14 +178,11 @@ class Keeper:
     def _state(self) -> dict[str, Any]:
         """What the first process writes; each contributes its own."""
         targets = self._targets()
-        statistics = {}
-        if self._share.sync == "none" and not self._ranks.alone:
-            statistics = {name: tensor.detach().cpu() for name, tensor in targets.items() if ".running_" in f".{name}"}
         own = {
             "attack": self._generator.get_state(),
             "data": asdict(self._data.state()),
             "random": global_random_state(self._device),
-            "statistics": statistics,
+            "buffers": self._buffers(targets),
         }
         return {
             "configuration": self._configuration,
@@ -187,9 +191,18 @@ class Keeper:
             "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
             "processes": self._ranks.gather(own),
             "tensors": targets,
+            "split": self._share.split,
             "tuning": self._tuning.state(),
             "under_way": self._data.under_way,
         }
+
+    def _buffers(self, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those that are each process's own: that are not exchanged."""
+        if self._ranks.alone:
+            return {}
+        exchanged = {id(buffer) for buffer in self._share.exchanged()}
+        own = {name: tensor for name, tensor in targets.items() if not isinstance(tensor, nn.Parameter)}
+        return {name: tensor.detach().cpu() for name, tensor in own.items() if id(tensor) not in exchanged}
 
     def _write(self, state: dict[str, Any]) -> None:
         if self._path is None:
@@ -200,14 +213,21 @@ class Keeper:
             raise BNSurgeryError(f"the state of the run cannot be kept in a checkpoint: {error}") from error
         self._written = time.monotonic()
 
-    def _own(self, processes: list[dict[str, Any]]) -> dict[str, Any]:
+    def _own(self, processes: list[dict[str, Any]], *, split: bool) -> dict[str, Any]:
         """What the checkpoint holds for this process."""
         rank, world = self._ranks.rank, self._ranks.world
         if not processes:
             raise ValueError("it holds no process")
         if len(processes) == world:
+            if split != self._share.split:
+                was, now = ("rows of each batch" if each else "batches of its own" for each in (split, not split))
+                raise CheckpointError(
+                    f"the checkpoint {str(self._path)!r} is of a run in which each process was given {was}, and now it "
+                    f"is {now} (shard=)"
+                )
             return processes[rank]
-        if not (self._share.split or self._ranks.alone) or self._share.sync == "none":
+        rows = (split or len(processes) == 1) and (self._share.split or self._ranks.alone)
+        if not rows or self._share.sync == "none":
             raise CheckpointError(
                 f"the checkpoint {str(self._path)!r} is of {len(processes)} processes, and these are {world}: another "
                 'number can go on only where each takes its rows of every batch (shard="split") and the statistics are '

@@ -54,12 +54,13 @@ class StepLayouts:
 
     def try_out(self, x: Tensor) -> None:
         """Finds out for inputs (N, ...) like x, on a copy of the model."""
-        # One example may not do in training mode, which says nothing of larger batches.
-        if not self._wanted or x.dim() != 4 or x.shape[1:] in self._found or len(x) < 2:
+        if not self._wanted or x.dim() != 4 or x.shape[1:] in self._found or not len(x):
             return
+        # One example may not do in training mode, and what is found is not to hang on which batch comes first.
+        some = x[:2] if len(x) > 1 else torch.cat([x, x])
         # In training mode SyncBatchNorm waits for the other processes, which need not be trying this out.
         modes = (False,) if waits_for_others(self._root) else (False, True)
-        self._found[x.shape[1:]] = runs_channels_last(self._root, x[:2], modes=modes, hooks=False)
+        self._found[x.shape[1:]] = runs_channels_last(self._root, some, modes=modes, hooks=False)
 
     def arranged(self, x: Tensor) -> Tensor:
         """Inputs as the model takes them."""

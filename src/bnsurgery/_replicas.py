@@ -20,13 +20,23 @@ from bnsurgery.errors import BNSurgeryWarning, FusionError
 from bnsurgery.layers import device_of
 
 MOST_CHANGES = 5
-"""Copies made anew in a row, before there are no more."""
+"""Copies made anew in a row, before a fine-tuning run goes on without."""
 
 
 class Replicas:
     """The copies of one live model: one for each path through it that inputs of different shapes take."""
 
-    def __init__(self, model: nn.Module, engine: Engine, *, dtype: torch.dtype | None, compile: bool) -> None:  # noqa: A002
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        *,
+        dtype: torch.dtype | None,
+        compile: bool,  # noqa: A002
+        most_changes: float = MOST_CHANGES,
+    ) -> None:
+        """``most_changes``: of copies made anew in a row, before there are no more."""
+        self._most_changes = most_changes
         self._model, self._engine, self._dtype, self._compile = model, engine, dtype, compile
         self.compiled = compile
         self._by_shape: dict[Any, Replica] = {}
@@ -45,8 +55,8 @@ class Replicas:
                 return replica
             self._by_shape.clear()
             self._changes += 1
-            if self._changes > MOST_CHANGES:
-                return self._nothing("the model's modules, hooks or attributes change with each batch")
+        if self._changes > self._most_changes:
+            return self._nothing("the model's modules, hooks or attributes change with each batch")
         try:
             example = _example(self._model, x)
             if example is None:
@@ -55,6 +65,18 @@ class Replicas:
         except FusionError as error:
             return self._nothing(str(error))
         return self._by_shape[key]
+
+    @property
+    def changes(self) -> int:
+        """How often in a row the live model had changed, with what has changed by now."""
+        if self.none or not self._by_shape:
+            return self._changes
+        same = all(replica.refresh() for replica in self._by_shape.values())
+        return 0 if same else self._changes + 1
+
+    @changes.setter
+    def changes(self, changes: int) -> None:
+        self._changes = changes
 
     def _for(self, x: Tensor, example: Tensor) -> Replica:
         """A copy that others share, where it is right for this batch too, or a new one."""

@@ -180,7 +180,7 @@ class Share:
             told = torch.tensor([0, False, True, False, False], dtype=torch.float64, device=device)
         else:
             targets = list(parameters)
-            moving = self._moving()
+            moving = self.exchanged()
             size = 3 + len(self.TROUBLES) + len(self.ASKED) + len(targets)
             size += sum(tensor.numel() for tensor in (*targets, *moving))
             told = torch.zeros(1 + size, dtype=_wide(targets, moving), device=device)
@@ -211,8 +211,8 @@ class Share:
                 "changes parameters or the optimizer's options); a checkpoint on disk is of before that"
             )
 
-    def _moving(self) -> list[Tensor]:
-        """The statistics that are exchanged."""
+    def exchanged(self) -> list[Tensor]:
+        """The statistics that become those of all in each step."""
         return [] if self.sync == "none" else _moving(self._root)
 
     def add_up(
@@ -242,7 +242,7 @@ class Share:
         gradients = [] if trouble else [p for p in parameters if p.grad is not None]
         # A parameter that no loss reaches has no gradient, on this process; others may have one.
         targets = list(parameters)
-        moving = self._moving()
+        moving = self.exchanged()
         wide = _wide(targets, moving)
         have = {id(p) for p in gradients}
         said = [0.0, count, loss * count, wrong * count]

@@ -82,7 +82,14 @@ class Tuning:
 
     def state(self) -> dict[str, Any]:
         """Where the run is, but for its data, as plain values."""
-        return {"epoch": self.epoch, "step": self.step, "stopped": self.stopped, "tally": asdict(self.tally)}
+        make = self._step.make
+        return {
+            "changes": 0 if make is None else make.changes,
+            "epoch": self.epoch,
+            "step": self.step,
+            "stopped": self.stopped,
+            "tally": asdict(self.tally),
+        }
 
     def restore(self, state: dict[str, Any], epochs: int) -> None:
         """Goes on from there; so many epochs have ended.
@@ -91,7 +98,9 @@ class Tuning:
             ValueError: this is no place in the run.
         """
         epoch, step, tally = state["epoch"], state["step"], Tally(**state["tally"])
-        require_numbers(asdict(tally) | {"step": step})
+        require_numbers(asdict(tally) | {"step": step, "changes": state["changes"]})
+        if self._step.make is not None:
+            self._step.make.changes = state["changes"]
         if epoch != epochs or not isinstance(step, int) or step < 0 or not isinstance(state["stopped"], bool):
             raise ValueError(f"step {step!r} of epoch {epoch!r}, after {epochs} epochs")
         self.epoch, self.step, self.tally, self.stopped = epoch, step, tally, state["stopped"]
@@ -123,9 +132,11 @@ class Tuning:
                 self._count(self._take(batch, asked))
             else:
                 self._step.ended()
+            last = not more or self.stopped or self.done
+            if last:
                 self._data.check_same()
             self.tally.seconds = time.perf_counter() - began
-            after(not more or self.stopped or self.done)
+            after(last)
         self._check_length(ended=not more)
         self.require_same()
         self._data.end()
@@ -161,15 +172,16 @@ class Tuning:
     def _count(self, outcome: StepRecord | Undone) -> None:
         """Shows a step, and tells the callback."""
         self._bar.update()
+        stop = False
         if isinstance(outcome, StepRecord):
             loss, error = f"{outcome.loss:.3f}", f"{outcome.error:.1f}%"
             self._bar.set_postfix(epoch=self.epoch + 1, loss=loss, error=error)
-            if self._on_step_in_any:
-                stop = self._on_step is not None and bool(self._on_step(outcome, self.root))
-                self.stopped = self._step.share.ranks.any(stop)
+            stop = self._on_step is not None and bool(self._on_step(outcome, self.root))
         else:
             what = "the step is skipped" if outcome.kind == "skipped" else "that batch is left out"
             self._warn(outcome.kind, f"step {self.step - 1}: {outcome.reason}; {what}")
+        if self._on_step_in_any:  # also where a step is undone in this process alone
+            self.stopped = self._step.share.ranks.any(stop)
 
     def _check_length(self, *, ended: bool) -> None:
         """Raises :class:`ValueError` where the data gave no batch, or fewer than it said; warns where it gave more."""

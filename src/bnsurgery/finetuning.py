@@ -298,14 +298,15 @@ def adv_finetune(
         autocast = torch.bfloat16 if step_precision == "bfloat16" else None
         if step_precision == "auto":
             autocast = dtype_for(root, "auto", lower=True)
-        ranks.as_first(list(_checkpoints.tensors(root, tuple(parameters)).values()))
+        ranks.as_first(list(_checkpoints.tensors(root, tuple(parameters), chosen).values()))
+        descriptions = ranks.gather(described(data))
         configuration = {
             "attack": attack_text(attack, eps_warmup),
             "branches": list(branches) if parted else None,
             "clean_fraction": float(clean_fraction),
             "compile": compile,
             "consistent_bn_after": consistent_bn_after,
-            "data": described(data),
+            "data": descriptions if any(own != descriptions[0] for own in descriptions) else descriptions[0],
             "epochs": epochs,
             "frozen": _checkpoints.fingerprint(root, trainable) if path is not None else "",
             "loss": getattr(loss, "__name__", type(loss).__name__),
@@ -322,7 +323,7 @@ def adv_finetune(
             **layout_of(root),
         }
         ends = {"max_seconds given": max_seconds is not None, "on_nonfinite": on_nonfinite, "shard": shard}
-        _states.require_same_in_all(ranks, {**configuration, **ends, "data": None})
+        _states.require_same_in_all(ranks, {**configuration, **ends})
         with_callbacks = ranks.any(bool(each_epoch))
         signals = Signals(wanted=path is not None)
         step = Step(
@@ -356,7 +357,7 @@ def adv_finetune(
             source,
             every=checkpoint_every,
             configuration=configuration,
-            targets=lambda: _checkpoints.tensors(root, trainable),
+            targets=lambda: _checkpoints.tensors(root, trainable, chosen),
             optimizer=chosen,
             device=device,
             generator=generator,
