@@ -256,6 +256,7 @@ def test_parameters_that_become_different_end_the_run_in_all(tmp_path: Path) -> 
         # Of three epochs of four steps; the callback changes one in the first, the optimizers in the second.
         assert {name: epochs for name, (_, epochs) in found.items()} == {
             "callback": [],
+            "callback of the last epoch": [0, 1, 2],
             "noise": [0],
             "nan": [0],
             "nan, with a callback of each step": [0],
@@ -303,7 +304,7 @@ def test_where_one_is_told_to_end_all_save_and_end(tmp_path: Path) -> None:
     said = [process.communicate(timeout=120)[1] for process in (first, second)]
     assert second.returncode == -15
     assert first.returncode == 1
-    assert "a process of this run has been told to end; the checkpoint is written" in said[0]
+    assert "a process of this run has been told to end; starting all of them again goes on" in said[0]
     assert finished("told", 2, tmp_path)[0]["record"]["steps"] == 8
 
 
@@ -312,7 +313,7 @@ def test_one_that_is_told_to_end_late_in_a_step_ends_with_the_others(tmp_path: P
     said = [process.communicate(timeout=120)[1] for process in (first, second)]
     assert second.returncode == -15, said[1]
     assert first.returncode == 1
-    assert "a process of this run has been told to end; the checkpoint is written" in said[0]
+    assert "a process of this run has been told to end; starting all of them again goes on" in said[0]
     steps = states.load(tmp_path / "t", "adv_finetune")["tuning"]["step"]
     assert steps == 3
     assert finished("late", 2, tmp_path)[0]["record"]["steps"] == 8

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -443,6 +444,107 @@ def test_a_run_killed_anywhere_ends_with_the_same_bits(tmp_path: Path, step: int
     assert steps == list(range(step, 6))
     assert values(model) == values(whole)
     assert plain(result) == plain(expected)
+
+
+class Held(nn.Module):
+    """Multiplies by a parameter of the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits * self.temperature, y, reduction="none")
+
+
+def decayed() -> dict[str, object]:
+    """Weight decay that begins in the middle, as a whole number."""
+    made: list[torch.optim.Optimizer] = []
+
+    def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        made.append(torch.optim.SGD(parameters, lr=np.float64(0.05), momentum=0))
+        return made[-1]
+
+    def decay(record: EpochRecord, _: nn.Module) -> None:
+        made[-1].param_groups[0]["weight_decay"] = 2
+
+    return {"optimizer": make, "callbacks": [decay]}
+
+
+def with_temperature() -> dict[str, object]:
+    loss = Held()
+    return {"loss": loss, "optimizer": lambda own: torch.optim.SGD([*own, *loss.parameters()], lr=0.5, momentum=0.9)}
+
+
+@pytest.mark.parametrize(
+    "options", [lambda: {"lr": 1}, decayed, with_temperature], ids=["a whole number", "moved", "temperature"]
+)
+@pytest.mark.parametrize("step", [2, 4])
+def test_options_and_parameters_of_an_optimizer_of_ones_own_go_on(
+    tmp_path: Path, options: Callable[[], dict[str, object]], step: int
+) -> None:
+    whole, model = noisy_model(), noisy_model()
+    expected = tune(whole, augmented(), epochs=2, **options())
+    kept = {"epochs": 2, "checkpoint": tmp_path / "c", "checkpoint_every": 0}
+    with pytest.raises(Killed):
+        tune(noisy_model(), augmented(), on_step=killed_at(step), **kept, **options())
+    given = options()
+    result = tune(model, augmented(), **kept, **given)
+    assert values(model) == values(whole)
+    assert plain(result) == plain(expected)
+    if isinstance(given.get("loss"), Held):
+        again = with_temperature()
+        tune(noisy_model(), augmented(), epochs=2, **again)
+        assert given["loss"].temperature.item() == again["loss"].temperature.item() != 1
+
+
+def two_convolutions() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((3, 16), (16, 32)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+@pytest.mark.parametrize("attack", [{}, {"attack": None}], ids=["PGD", "clean"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_run_that_goes_on_with_a_batch_of_one_ends_with_the_same_bits(
+    tmp_path: Path, attack: dict[str, object], step: int
+) -> None:
+    options = {"epochs": 2, "train": "all", **attack}
+    whole, model = two_convolutions(), two_convolutions()
+    tune(whole, batches(8, 8, 1), **options)
+    kept = {"checkpoint": tmp_path / "c", "checkpoint_every": 0, **options}
+    with pytest.raises(Killed):
+        tune(two_convolutions(), batches(8, 8, 1), on_step=killed_at(step), **kept)
+    tune(model, batches(8, 8, 1), **kept)
+    assert values(model) == values(whole)
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_a_run_in_which_the_model_changes_with_each_step_goes_on_with_the_same_bits(tmp_path: Path, step: int) -> None:
+    """After five copies that were of no use the run makes no more: so it is after going on."""
+
+    def changing(also: Callable[[StepRecord, nn.Module], None] | None = None) -> dict[str, object]:
+        def change(record: StepRecord, model: nn.Module) -> None:
+            model.step = record.step
+            if also is not None:
+                also(record, model)
+
+        return {"train": "all", "on_step": change}
+
+    data = batches(*[8] * 12)
+    whole, model = two_convolutions(), two_convolutions()
+    with pytest.warns(BNSurgeryWarning, match="change with each batch"):
+        tune(whole, data, **changing())
+    kept = {"checkpoint": tmp_path / "c", "checkpoint_every": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BNSurgeryWarning)
+        with pytest.raises(Killed):
+            tune(two_convolutions(), data, **kept, **changing(killed_at(step)))
+        tune(model, data, **kept, **changing())
+    assert values(model) == values(whole)
 
 
 def test_a_run_killed_at_every_step_ends_with_the_same_bits(tmp_path: Path) -> None:

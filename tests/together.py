@@ -414,6 +414,10 @@ def apart(own: Processes, folder: Path) -> Any:
         if record.step == 1 and own.rank == 1:
             model[2].bias.data[0] += 1e-12
 
+    def changed_last(record: Any, model: nn.Module) -> None:
+        if record.epoch == 2 and own.rank == 1:
+            model[2].bias.data[0] += 1e-12
+
     def noisy(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return Uneven(parameters, 5, lambda value: value.add_(1e-9 * torch.randn_like(value)))
 
@@ -422,6 +426,7 @@ def apart(own: Processes, folder: Path) -> Any:
 
     cases: dict[str, dict[str, Any]] = {
         "callback": {"on_step": change},
+        "callback of the last epoch": {"callbacks": [changed_last]},
         "noise": {"optimizer": noisy},
         "nan": {"optimizer": nan},
         "nan, with a callback of each step": {"optimizer": nan, "on_step": lambda *_: None},
@@ -432,8 +437,9 @@ def apart(own: Processes, folder: Path) -> Any:
         seen: list[int] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # where it is NaN
+            calls = [lambda record, _: seen.append(record.epoch), *options.pop("callbacks", [])]  # noqa: B023
             try:
-                tuned(network("dense"), epochs=3, callbacks=lambda record, _: seen.append(record.epoch), **options)  # noqa: B023
+                tuned(network("dense"), epochs=3, callbacks=calls, **options)
             except BNSurgeryError as error:
                 found[name] = [str(error), seen]
     return found

@@ -35,10 +35,7 @@ def require_same(path: Path, state: dict[str, Any], configuration: dict[str, Any
         names = _states.differences(_so_far(saved, begun), _so_far(configuration, begun))
         differing = [_difference(name, saved.get(name), configuration.get(name)) for name in names]
     if differing:
-        raise CheckpointError(
-            f"the checkpoint {str(path)!r} belongs to another run; {'; '.join(differing)}: "
-            "use another path, or remove the file"
-        )
+        raise _states.of_another(path, "run", differing)
 
 
 def epochs_begun(state: dict[str, Any]) -> int:

@@ -69,14 +69,15 @@ class Keeper:
             CheckpointError: it is damaged, belongs to another run, or (``same=True``) to another order of the data.
             OSError: it cannot be written.
         """
-        if self._path is None:
+        path = self._path
+        if path is None:
             return
-        state = _states.of_first(self._ranks, self._path, _checkpoints.KIND)
+        state = _states.of_first(self._ranks, path, _checkpoints.KIND)
         if state is None:
             state = self._state()
-            self._ranks.first_does(lambda: self._write(state))
+            self._ranks.first_does(lambda: self._write(path, state))
             return
-        _checkpoints.require_same(self._path, state, self._configuration)
+        _checkpoints.require_same(path, state, self._configuration)
         before = Snapshot(self._targets().values())
         undo = None if self._optimizer is None else Undo(self._optimizer)
         if undo is not None:
@@ -85,7 +86,7 @@ class Keeper:
         try:
             failed: CheckpointError | None = None
             try:
-                self._restore(self._path, state, same=same)
+                self._restore(path, state, same=same)
             except CheckpointError as error:  # of this process's own data, say
                 failed = error
             said = [text for text in self._ranks.gather(None if failed is None else str(failed)) if text is not None]
@@ -119,26 +120,36 @@ class Keeper:
     def asked(self) -> dict[str, bool]:
         """What this process asks of all of them: to save now, or, since it has been told to, to stop."""
         due = self._ranks.first and time.monotonic() - self._written >= self._every
-        return {"save": due, "stop": self._signals.noted is not None}
+        return {"save": due and self._path is not None, "stop": self._signals.noted is not None}
 
     def step_done(self, last: bool) -> None:
-        """Writes a checkpoint after a step where it is time, or where a signal asks this process to end.
+        """Writes a checkpoint after a step where it is time, and where a signal asks this process to end.
 
         ``last``: the epoch ends with it; its callbacks are to come.
+
+        Raises:
+            BNSurgeryError: the parameters of several processes have become different.
         """
-        if self._path is None:
-            return
-        asked = self.asked() if self._ranks.alone else self._share.asked
+        asked = self.asked() if self._ranks.alone else dict(self._share.asked)
+        if last:  # since the last exchange too: callbacks may take long
+            asked["stop"] = self._ranks.any(self._signals.noted is not None)
         if asked["save"] or asked["stop"] or (last and self._before_callbacks):
-            self._try_to_save()
+            self._tuning.require_same()
+            if self._path is not None:
+                self._try_to_save(self._path)
         if asked["stop"]:
             self._end()
 
     def epoch_done(self) -> None:
-        """Writes a checkpoint after an epoch."""
+        """Writes a checkpoint after an epoch and its callbacks.
+
+        Raises:
+            BNSurgeryError: the parameters of several processes have become different.
+        """
+        self._tuning.require_same()
         if self._path is None:
             return
-        self._try_to_save()
+        self._try_to_save(self._path)
         if self._ranks.any(self._signals.noted is not None):
             self._end()
 
@@ -150,30 +161,19 @@ class Keeper:
         self._signals.deliver()
         if not self._ranks.alone:
             raise BNSurgeryError(
-                "a process of this run has been told to end; the checkpoint is written, and starting all of them again "
-                "goes on from it"
+                "a process of this run has been told to end; starting all of them again goes on from the last "
+                "checkpoint"
             )
 
-    def _try_to_save(self) -> None:
-        """Writes a checkpoint; where that fails, the run goes on, and the one before it stays.
-
-        Raises:
-            BNSurgeryError: the parameters of several processes have become different.
-        """
-        self._tuning.require_same()
+    def _try_to_save(self, path: Path) -> None:
+        """Writes a checkpoint; where that fails, the run goes on, and the one before it stays."""
         state = self._state()
         try:
             if self._ranks.first:
-                self._write(state)
+                self._write(path, state)
         except (OSError, BNSurgeryError) as error:
             self._written = time.monotonic()
-            reason = (error.strerror if isinstance(error, OSError) else None) or error
-            warnings.warn(
-                f"cannot write the checkpoint {str(self._path)!r} after step {self._tuning.step} ({reason}): the run "
-                "goes on, and the last one that was written stays",
-                BNSurgeryWarning,
-                stacklevel=5,
-            )
+            _states.warn_unwritten(path, error, "run", when=f" after step {self._tuning.step}", stacklevel=5)
 
     def _state(self) -> dict[str, Any]:
         """What the first process writes; each contributes its own."""
@@ -204,11 +204,9 @@ class Keeper:
         own = {name: tensor for name, tensor in targets.items() if not isinstance(tensor, nn.Parameter)}
         return {name: tensor.detach().cpu() for name, tensor in own.items() if id(tensor) not in exchanged}
 
-    def _write(self, state: dict[str, Any]) -> None:
-        if self._path is None:
-            return
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
         try:
-            _states.save(self._path, _checkpoints.KIND, state)
+            _states.save(path, _checkpoints.KIND, state)
         except TypeError as error:
             raise BNSurgeryError(f"the state of the run cannot be kept in a checkpoint: {error}") from error
         self._written = time.monotonic()
@@ -241,6 +239,6 @@ class Keeper:
                 stacklevel=6,
             )
         if rank >= len(processes):
-            seed_global((self._seed + 7919 * (rank + 1)) % 2**63)
+            seed_global(self._ranks.seed(self._seed))
             return {**processes[0], "random": None}
         return processes[rank]

@@ -45,6 +45,10 @@ class Ranks:
         """Whether this is the one that writes and shows progress."""
         return self.rank == 0
 
+    def seed(self, seed: int) -> int:
+        """One for this process's own random numbers."""
+        return (seed + 7919 * (self.rank + 1)) % 2**63
+
     def add_up(self, values: Tensor) -> None:
         """Replaces values by their sum over all processes, in place."""
         if not self.alone:

@@ -44,7 +44,7 @@ class EpochRecord:
         lr: learning rate at its end.
         skipped: steps undone because a number was not finite: an input, an activation, the loss, a gradient, an update.
         left_out: batches left out because a BN layer saw one value per channel.
-        seconds: wall time, callbacks not counted.
+        seconds: wall time of this process, callbacks of epochs not counted.
     """
 
     epoch: int

@@ -17,7 +17,7 @@ from bnsurgery._evaluating import AttackRow, Attempt, Run, Threat, percent
 from bnsurgery._ranks import Ranks
 from bnsurgery._records import require_numbers
 from bnsurgery._signals import Signals
-from bnsurgery.errors import BNSurgeryWarning, CheckpointError
+from bnsurgery.errors import BNSurgeryWarning
 
 KIND = "evaluate"
 
@@ -159,13 +159,7 @@ class Rounds:
         except OSError as error:
             if first:
                 raise
-            reason = error.strerror or error
-            warnings.warn(
-                f"cannot write the checkpoint {str(self._path)!r} ({reason}): the evaluation goes on, and the last one "
-                "that was written stays",
-                BNSurgeryWarning,
-                stacklevel=5,
-            )
+            _states.warn_unwritten(self._path, error, "evaluation", stacklevel=5)
         self._written, self._changed = time.monotonic(), False
 
     def _resumed(self) -> bool:
@@ -184,10 +178,7 @@ class Rounds:
             names = _states.differences(saved, self._configuration)
         if names:
             differing = [f"{name} was {saved.get(name)!r}, is {self._configuration.get(name)!r}" for name in names]
-            raise CheckpointError(
-                f"the checkpoint {str(self._path)!r} belongs to another evaluation; {'; '.join(differing)}: use "
-                "another path, or remove the file"
-            )
+            raise _states.of_another(self._path, "evaluation", differing)
         with _states.taken_apart(self._path):
             self._restore(state)
         return True

@@ -144,6 +144,25 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [name for name in sorted(was.keys() | now.keys(), key=str) if _text(was, name) != _text(now, name)]
 
 
+def of_another(path: Path, what: str, differing: list[str]) -> CheckpointError:
+    """What refuses a checkpoint of another run or evaluation; each difference in words."""
+    return CheckpointError(
+        f"the checkpoint {str(path)!r} belongs to another {what}; {'; '.join(differing)}: use another path, or remove "
+        "the file"
+    )
+
+
+def warn_unwritten(path: Path, error: Exception, what: str, *, when: str = "", stacklevel: int) -> None:
+    """Says that a checkpoint could not be written, and what goes on; ``stacklevel`` is counted from the caller."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or error
+    warnings.warn(
+        f"cannot write the checkpoint {str(path)!r}{when} ({reason}): the {what} goes on, and the last one that was "
+        "written stays",
+        BNSurgeryWarning,
+        stacklevel=stacklevel + 1,
+    )
+
+
 def require_same_in_all(ranks: Ranks, configuration: dict[str, Any]) -> None:
     """Raises :class:`ValueError`, on all processes, where these were given different arguments, of plain values."""
     every = ranks.gather(configuration)

@@ -112,9 +112,6 @@ class Tuning:
         Args:
             after: called after each step with whether the epoch ends with it, and once after the last batch.
             asked: what this process asks of all, called in each step.
-
-        Raises:
-            BNSurgeryError: the parameters of several processes have become different.
         """
         if not self._data.under_way:
             self._data.begin(self.epoch)
@@ -138,7 +135,6 @@ class Tuning:
             self.tally.seconds = time.perf_counter() - began
             after(last)
         self._check_length(ended=not more)
-        self.require_same()
         self._data.end()
         self.tally.seconds = time.perf_counter() - began
         return self.tally.record(self.epoch, self._step.lr)

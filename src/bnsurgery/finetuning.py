@@ -287,7 +287,7 @@ def adv_finetune(
         if not (ranks.alone or share.split):
             seed_global((seed + 104729 * ranks.rank) % 2**63)
         source = Data(data, watched=path is not None, share=share)
-        seed_global((seed + 7919 * (ranks.rank + 1)) % 2**63)
+        seed_global(ranks.seed(seed))
         parameters = named_parameters(root)
         chosen = optimizer_over(optimizer, [parameters[name] for name in trainable], lr, momentum, weight_decay)
         dtype = None if switches is None else dtype_for(root, precision, lower=isinstance(attack, PGD))
@@ -322,8 +322,8 @@ def adv_finetune(
             "trainable": [[name, *parameters[name].shape] for name in trainable],
             **layout_of(root),
         }
-        ends = {"max_seconds given": max_seconds is not None, "on_nonfinite": on_nonfinite, "shard": shard}
-        _states.require_same_in_all(ranks, {**configuration, **ends})
+        not_kept = {"data_order": data_order, "max_seconds given": max_seconds is not None, "shard": shard}
+        _states.require_same_in_all(ranks, {**configuration, **not_kept, "on_nonfinite": on_nonfinite})
         with_callbacks = ranks.any(bool(each_epoch))
         signals = Signals(wanted=path is not None)
         step = Step(
