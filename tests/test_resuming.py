@@ -523,7 +523,10 @@ def test_a_run_that_goes_on_with_a_batch_of_one_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("step", [3, 7])
-def test_a_run_in_which_the_model_changes_with_each_step_goes_on_with_the_same_bits(tmp_path: Path, step: int) -> None:
+@pytest.mark.parametrize("sizes", [[8], [8, 6]], ids=str)
+def test_a_run_in_which_the_model_changes_with_each_step_goes_on_with_the_same_bits(
+    tmp_path: Path, step: int, sizes: list[int]
+) -> None:
     """After five copies that were of no use the run makes no more: so it is after going on."""
 
     def changing(also: Callable[[StepRecord, nn.Module], None] | None = None) -> dict[str, object]:
@@ -534,7 +537,7 @@ def test_a_run_in_which_the_model_changes_with_each_step_goes_on_with_the_same_b
 
         return {"train": "all", "on_step": change}
 
-    data = batches(*[8] * 12)
+    data = batches(*sizes * (12 // len(sizes)))
     whole, model = two_convolutions(), two_convolutions()
     with pytest.warns(BNSurgeryWarning, match="change with each batch"):
         tune(whole, data, **changing())
@@ -1019,6 +1022,19 @@ def test_a_process_that_is_told_to_terminate_saves_and_does(tmp_path: Path) -> N
     assert done.returncode == -signal.SIGTERM, done.stderr
     assert "finished" not in done.stdout
     assert read(path)["tuning"]["step"] == 3
+
+
+def test_buffers_that_a_process_cannot_have_of_its_own_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    tune(SMALL.build(), batches(2), checkpoint=path)
+    state = read(path)
+    state["processes"][0]["buffers"] = {"1.running_mean": torch.ones(1)}
+    path.write_bytes(states.dumped("adv_finetune", state))
+    model = SMALL.build()
+    before = values(model)
+    with pytest.raises(CheckpointError, match=r"a buffer '1\.running_mean' that processes"):
+        tune(model, batches(2), checkpoint=path)
+    assert values(model) == before
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:

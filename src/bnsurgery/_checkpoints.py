@@ -109,7 +109,7 @@ def restore(
         if ended not in ENDED:
             raise ValueError(f"it has ended by {ended!r}")
         wrong = sorted(targets.keys() ^ values.keys())
-        wrong += [name for name in targets.keys() & values.keys() if not _fits(values[name], targets[name])]
+        wrong += [name for name in targets.keys() & values.keys() if not fits(values[name], targets[name])]
         if wrong:
             raise CheckpointError(
                 f"the checkpoint {str(path)!r}: its tensors do not fit the model: {', '.join(map(str, wrong[:6]))}"
@@ -173,5 +173,6 @@ def _kind(value: object) -> str:
     return "number" if number else type(value).__name__
 
 
-def _fits(value: object, target: Tensor) -> bool:
+def fits(value: object, target: Tensor) -> bool:
+    """Whether a value that was read can take the place of a tensor."""
     return isinstance(value, Tensor) and value.shape == target.shape and value.dtype == target.dtype

@@ -106,8 +106,11 @@ class Keeper:
         with _states.taken_apart(path):
             self._tuning.restore(state["tuning"], len(self.history))
             own = self._own(state["processes"], split=bool(state["split"]))
-            with torch.no_grad():
-                for name, value in own["buffers"].items():
+            buffers = self._buffers(targets)
+            for name, value in own["buffers"].items():
+                if name not in buffers or not _checkpoints.fits(value, buffers[name]):
+                    raise ValueError(f"a buffer {name!r} that processes do not have of their own, or not so")
+                with torch.no_grad():
                     targets[name].copy_(value)
             self._generator.set_state(own["attack"])
             found = Place(**own["data"])

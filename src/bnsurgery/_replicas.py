@@ -49,12 +49,15 @@ class Replicas:
             return None
         key = tuple(x.shape), x.dtype, route_of(self._model)
         replica = self._by_shape.get(key)
-        if replica is not None:
-            if replica.refresh():
+        if self._by_shape:
+            if replica.refresh() if replica is not None else self._same():
                 self._changes = 0
-                return replica
-            self._by_shape.clear()
-            self._changes += 1
+            else:
+                self._by_shape.clear()
+                self._changes += 1
+                replica = None
+        if replica is not None:
+            return replica
         if self._changes > self._most_changes:
             return self._nothing("the model's modules, hooks or attributes change with each batch")
         try:
@@ -71,12 +74,15 @@ class Replicas:
         """How often in a row the live model had changed, with what has changed by now."""
         if self.none or not self._by_shape:
             return self._changes
-        same = all(replica.refresh() for replica in self._by_shape.values())
-        return 0 if same else self._changes + 1
+        return 0 if self._same() else self._changes + 1
 
     @changes.setter
     def changes(self, changes: int) -> None:
         self._changes = changes
+
+    def _same(self) -> bool:
+        """Whether the live model is as it was copied."""
+        return all(replica.refresh() for replica in dict.fromkeys(self._by_shape.values()))
 
     def _for(self, x: Tensor, example: Tensor) -> Replica:
         """A copy that others share, where it is right for this batch too, or a new one."""
