@@ -338,20 +338,34 @@ def test_torchrun_starts_a_run_again(tmp_path: Path) -> None:
     assert equal(found_["state"], expected[0]["state"])
 
 
-def test_another_number_of_processes_goes_on_where_mathematics_allows(tmp_path: Path) -> None:
-    alone = finished("another_number", 1, tmp_path)[0]
-    assert alone["said"] == []
-    (tmp_path / "n").write_bytes((tmp_path / "n.previous").read_bytes())  # of before the last step
-    for found in finished("another_number", 2, tmp_path):
-        close(found["state"], alone["state"], 1e-9)
-    assert "is of 1 processes, and these are 2: the run goes on, and may not end with the same bits" in str(
-        finished_said(tmp_path)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+def test_another_number_of_processes_goes_on_where_mathematics_allows(tmp_path: Path, before: int, after: int) -> None:
+    expected = alone_without_a_break()
+    (tmp_path / "stop").write_text("3")
+    for found in finished("another_number", before, tmp_path):
+        assert found == {"state": None, "said": []}
+    state = states.load(tmp_path / "n", "adv_finetune")
+    assert state["tuning"]["step"] == 3
+    assert [bool(own["buffers"]) for own in state["processes"]] == [before > 1] * before
+    (tmp_path / "stop").unlink()
+    first, *others = finished("another_number", after, tmp_path)
+    for found in (first, *others):
+        close(found["state"], expected, 1e-9)
+        assert found["record"]["steps"] == 8
+    assert len(first["said"]) == 1
+    assert (
+        f"is of {before} processes, and these are {after}: the run goes on, and may not end with the same bits"
+        in first["said"][0]
     )
+    assert all(found["said"] == [] for found in others)
 
 
-def finished_said(folder: Path) -> list[str]:
-    said: list[str] = torch.load(folder / "another_number2.0", weights_only=True)["said"]
-    return said
+@cache
+def alone_without_a_break() -> dict[str, Tensor]:
+    found = results("another_number", 1)[0]
+    assert found["said"] == []
+    state: dict[str, Tensor] = found["state"]
+    return state
 
 
 # The context.

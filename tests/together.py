@@ -527,12 +527,19 @@ def told(own: Processes, folder: Path) -> Any:
 
 @job
 def another_number(_: Processes, folder: Path) -> Any:
-    """Goes on with a checkpoint of another number of processes."""
+    """Stops in the callback of a step, or goes on with a checkpoint of another number of processes."""
     import warnings
 
-    with warnings.catch_warnings(record=True) as caught:
+    last = int((folder / "stop").read_text()) if (folder / "stop").exists() else None
+
+    def stop(record: Any, _: nn.Module) -> None:
+        if record.step == last:
+            raise RuntimeError("stopped")
+
+    found: dict[str, Any] = {"state": None}
+    with warnings.catch_warnings(record=True) as caught, suppress(RuntimeError):
         warnings.simplefilter("always")
-        found = tuned(network(), sync="batch", checkpoint=folder / "n", checkpoint_every=0)
+        found = tuned(network(), sync="batch", checkpoint=folder / "n", checkpoint_every=0, on_step=stop)
     return {**found, "said": [str(warning.message) for warning in caught]}
 
 

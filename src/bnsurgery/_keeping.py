@@ -185,7 +185,7 @@ class Keeper:
             "attack": self._generator.get_state(),
             "data": asdict(self._data.state()),
             "random": global_random_state(self._device),
-            "buffers": self._buffers(targets),
+            "buffers": {} if self._ranks.alone else self._buffers(targets),
         }
         return {
             "configuration": self._configuration,
@@ -200,9 +200,7 @@ class Keeper:
         }
 
     def _buffers(self, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those that are each process's own: that are not exchanged."""
-        if self._ranks.alone:
-            return {}
+        """Those that are each of several processes' own: that are not exchanged."""
         exchanged = {id(buffer) for buffer in self._share.exchanged()}
         own = {name: tensor for name, tensor in targets.items() if not isinstance(tensor, nn.Parameter)}
         return {name: tensor.detach().cpu() for name, tensor in own.items() if id(tensor) not in exchanged}
