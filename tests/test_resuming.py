@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -473,11 +474,20 @@ def decayed() -> dict[str, object]:
 
 def with_temperature() -> dict[str, object]:
     loss = Held()
+    loss.temperature.grad = torch.tensor(3.0)  # of something else
     return {"loss": loss, "optimizer": lambda own: torch.optim.SGD([*own, *loss.parameters()], lr=0.5, momentum=0.9)}
 
 
 @pytest.mark.parametrize(
-    "options", [lambda: {"lr": 1}, decayed, with_temperature], ids=["a whole number", "moved", "temperature"]
+    "options",
+    [
+        lambda: {"lr": 1},
+        decayed,
+        with_temperature,
+        lambda: {"schedule": lambda progress: torch.tensor(1 - progress)},
+        lambda: {"optimizer": lambda own: torch.optim.SGD(own, lr=torch.tensor(0.05))},
+    ],
+    ids=["a whole number", "moved", "temperature", "schedule of tensors", "rate in a tensor"],
 )
 @pytest.mark.parametrize("step", [2, 4])
 def test_options_and_parameters_of_an_optimizer_of_ones_own_go_on(
@@ -496,6 +506,70 @@ def test_options_and_parameters_of_an_optimizer_of_ones_own_go_on(
         again = with_temperature()
         tune(noisy_model(), augmented(), epochs=2, **again)
         assert given["loss"].temperature.item() == again["loss"].temperature.item() != 1
+
+
+def test_gradients_of_ones_own_do_not_count_and_are_as_before() -> None:
+    given, fresh = with_temperature(), with_temperature()
+    held: Held = fresh["loss"]  # type: ignore[assignment]
+    held.temperature.grad = None
+    for options in (given, fresh):
+        tune(noisy_model(), batches(4, 4), **options)
+    assert given["loss"].temperature.item() == held.temperature.item() != 1
+    assert given["loss"].temperature.grad.item() == 3
+    assert held.temperature.grad is None
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+@pytest.mark.parametrize("number", [float, np.float32, torch.tensor], ids=["Python", "NumPy", "torch"])
+def test_numbers_of_any_kind_are_compared_by_their_values(
+    tmp_path: Path, number: Callable[[float], object], option: str
+) -> None:
+    def options(value: object) -> dict[str, object]:
+        made = lambda own: torch.optim.SGD(own, **{"lr": 0.05, option: value})  # noqa: E731
+        return {"epochs": 2, "checkpoint": tmp_path / "c", "optimizer": made}
+
+    with pytest.raises(Killed):
+        tune(noisy_model(), batches(4, 4), on_step=killed_at(2), **options(number(0.5)))
+    with pytest.raises(CheckpointError, match=rf"options was \[\{{.*'{option}': 0\.5.*'{option}': 0\.25"):
+        tune(noisy_model(), batches(4, 4), **options(number(0.25)))
+    assert tune(noisy_model(), batches(4, 4), **options(0.5)).steps == 4
+
+
+def test_hooks_of_an_optimizer_are_called_for_the_steps_of_the_run_alone(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        made = torch.optim.SGD(parameters, lr=0.05)
+        made.register_step_pre_hook(lambda *_: calls.append("before"))
+        made.register_step_post_hook(lambda *_: calls.append("after"))
+        return made
+
+    options = {"optimizer": optimizer, "checkpoint": tmp_path / "c", "checkpoint_every": 0}
+    with pytest.raises(Killed):
+        tune(noisy_model(), batches(4, 4, 4), on_step=killed_at(1), **options)
+    assert calls == ["before", "after"] * 2
+    tune(noisy_model(), batches(4, 4, 4), **options)
+    assert calls == ["before", "after"] * 4  # the second step was made twice
+
+
+def test_a_run_without_copies_goes_on_without(tmp_path: Path) -> None:
+    def lock(step: int | None = None) -> Callable[[StepRecord, nn.Module], None]:
+        def change(record: StepRecord, model: nn.Module) -> None:
+            model.lock = threading.Lock()  # what holds it cannot be copied
+            if record.step == step:
+                raise Killed
+
+        return change
+
+    options = {"train": "all", "checkpoint_every": 0}
+    whole, model = two_convolutions(), two_convolutions()
+    with pytest.warns(BNSurgeryWarning, match="attacks run on the live model"):
+        tune(whole, batches(*[8] * 6), on_step=lock(), **options)
+    with pytest.warns(BNSurgeryWarning, match="attacks run on the live model"), pytest.raises(Killed):
+        tune(two_convolutions(), batches(*[8] * 6), on_step=lock(3), checkpoint=tmp_path / "c", **options)
+    with pytest.warns(BNSurgeryWarning, match="attacks run on the live model"):
+        tune(model, batches(*[8] * 6), on_step=lock(), checkpoint=tmp_path / "c", **options)
+    assert values(model) == values(whole)
 
 
 def two_convolutions() -> nn.Module:
@@ -1032,7 +1106,7 @@ def test_buffers_that_a_process_cannot_have_of_its_own_are_refused(tmp_path: Pat
     path.write_bytes(states.dumped("adv_finetune", state))
     model = SMALL.build()
     before = values(model)
-    with pytest.raises(CheckpointError, match=r"a buffer '1\.running_mean' that processes"):
+    with pytest.raises(CheckpointError, match=r"its tensors do not fit the model: 1\.running_mean"):
         tune(model, batches(2), checkpoint=path)
     assert values(model) == before
 

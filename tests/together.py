@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -332,12 +333,21 @@ class Seen(nn.Module):
 def going_on(own: Processes, folder: Path) -> Any:
     """Runs that are broken off and go on, with what may differ from process to process; and those that are not."""
 
-    def stop(record: Any, _: nn.Module) -> None:
+    def lock(record: Any, model: nn.Module) -> None:
+        """Of the model of the first process there are no copies any more."""
+        if own.rank == 0 and name == "copies":
+            model.lock = threading.Lock()
+
+    def stop(record: Any, model: nn.Module) -> None:
+        lock(record, model)
         if record.step == 3:
             raise RuntimeError("stop")
 
     def build(kind: str) -> nn.Module:
         torch.manual_seed(4)
+        if kind == "copies":
+            layers = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32)]
+            return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
         if kind == "instance norm":
             norm = nn.InstanceNorm2d(4, track_running_stats=True, affine=True)
             return nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 10)).to(
@@ -347,7 +357,7 @@ def going_on(own: Processes, folder: Path) -> Any:
         return nn.Sequential(nn.Flatten(), *own, network("dense"), nn.Dropout(0.3)).to(DTYPE)
 
     found: dict[str, Any] = {}
-    sizes = {"unequal": 8 - 3 * own.rank, "instance norm": 8, "none": 8, "buffer": 8, "length": 8}
+    sizes = {"unequal": 8 - 3 * own.rank, "instance norm": 8, "none": 8, "buffer": 8, "copies": 8, "length": 8}
     for name, size in sizes.items():
         mine = [(x[own.rank : own.rank + size], y[own.rank : own.rank + size]) for x, y in [batches()[0], batches()[2]]]
         options = {
@@ -361,12 +371,14 @@ def going_on(own: Processes, folder: Path) -> Any:
             count = 16 - 2 * own.rank
             rows = TensorDataset(SMALL.example(count, DTYPE), SMALL.labels(count))
             options["data"] = DataLoader(rows, batch_size=8)
+        if name == "copies":
+            options["data"] = [(x.float(), y) for x, y in mine]
         whole, model = build(name), build(name)
-        expected = tuned(whole, **options)
+        expected = tuned(whole, on_step=lock, **options)
         path = folder / name.replace(" ", "")
         with suppress(RuntimeError):
             tuned(build(name), checkpoint=path, checkpoint_every=0, on_step=stop, **options)
-        found[name] = [expected, tuned(model, checkpoint=path, **options)]
+        found[name] = [expected, tuned(model, checkpoint=path, on_step=lock, **options)]
     found["shard"] = refusal(lambda: tuned(build(name), checkpoint=path, **{**options, "shard": "split"}))
     return found
 
@@ -418,6 +430,10 @@ def apart(own: Processes, folder: Path) -> Any:
         if record.epoch == 2 and own.rank == 1:
             model[2].bias.data[0] += 1e-12
 
+    def pass_of_its_own(record: Any, model: nn.Module) -> None:
+        model.train()
+        model(SMALL.example(4, DTYPE) + own.rank)
+
     def noisy(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return Uneven(parameters, 5, lambda value: value.add_(1e-9 * torch.randn_like(value)))
 
@@ -427,6 +443,7 @@ def apart(own: Processes, folder: Path) -> Any:
     cases: dict[str, dict[str, Any]] = {
         "callback": {"on_step": change},
         "callback of the last epoch": {"callbacks": [changed_last]},
+        "statistics": {"callbacks": [pass_of_its_own]},
         "noise": {"optimizer": noisy},
         "nan": {"optimizer": nan},
         "nan, with a callback of each step": {"optimizer": nan, "on_step": lambda *_: None},

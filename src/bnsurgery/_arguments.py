@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnsurgery._branches import routers
 from bnsurgery._data import is_pair
+from bnsurgery._records import is_number
 from bnsurgery._sharing import SHARD, SYNC
 from bnsurgery._step import OnNonFinite
 from bnsurgery._tuning import SCHEDULES, Schedule
@@ -56,8 +57,19 @@ def optimizer_over(
 
 def options_of(group: dict[str, Any]) -> dict[str, Any]:
     """What sets a parameter group apart, as plain values."""
-    plain = {name: value for name, value in group.items() if isinstance(value, (bool, int, float, tuple, str))}
+    plain = {name: _plain(value) for name, value in group.items() if name != "params"}
     return plain | {"parameters": len(group["params"])}
+
+
+def _plain(value: object) -> Any:
+    """An option of an optimizer as a plain value: numbers of any kind are equal where their values are."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if is_number(value):
+        return float(value.detach() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return type(value).__name__
 
 
 def schedule_of(schedule: str | Schedule) -> Schedule:

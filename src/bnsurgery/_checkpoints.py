@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnsurgery import _states
-from bnsurgery._records import EpochRecord, require_numbers
+from bnsurgery._records import EpochRecord, is_number, require_numbers
 from bnsurgery._undo import Undo
 from bnsurgery.errors import CheckpointError
 from bnsurgery.layers import join, named_modules, named_parameters
@@ -108,18 +108,23 @@ def restore(
         ended, values = state["ended"], dict(state["tensors"])
         if ended not in ENDED:
             raise ValueError(f"it has ended by {ended!r}")
-        wrong = sorted(targets.keys() ^ values.keys())
-        wrong += [name for name in targets.keys() & values.keys() if not fits(values[name], targets[name])]
-        if wrong:
-            raise CheckpointError(
-                f"the checkpoint {str(path)!r}: its tensors do not fit the model: {', '.join(map(str, wrong[:6]))}"
-            )
+        require_fit(path, values, targets)
         if optimizer is not None:
             load_optimizer(optimizer, state["optimizer"])
         with torch.no_grad():
             for name, target in targets.items():
                 target.copy_(values[name])
     return history, ended
+
+
+def require_fit(path: Path, values: dict[str, Any], targets: Mapping[str, Tensor | None]) -> None:
+    """Raises :class:`CheckpointError` where a checkpoint's tensors cannot take the place of the model's."""
+    wrong = sorted(targets.keys() ^ values.keys())
+    wrong += [name for name in targets if name in values and not _fits(values[name], targets[name])]
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint {str(path)!r}: its tensors do not fit the model: {', '.join(map(str, wrong[:6]))}"
+        )
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -139,6 +144,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         return  # these want sparse gradients, and a closure
     undo = Undo(optimizer)
     undo.note()
+    hooks: list[dict[int, Any]] = [vars(optimizer)[f"_optimizer_step_{when}_hooks"] for when in ("pre", "post")]
+    held = [dict(own) for own in hooks]
+    for own in hooks:
+        own.clear()  # of the caller's: this is no step of the run
     try:
         for group in optimizer.param_groups:
             for parameter in filter(lambda own: own.requires_grad, group["params"]):
@@ -147,6 +156,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     except Exception as error:
         raise ValueError(f"the optimizer cannot go on with its state ({type(error).__name__}: {error})") from error
     finally:
+        for own, before in zip(hooks, held, strict=True):
+            own.update(before)
         optimizer.zero_grad(set_to_none=True)
         undo.restore()
 
@@ -169,10 +180,10 @@ def _options(group: dict[str, Any]) -> dict[str, str]:
 
 def _kind(value: object) -> str:
     """Numbers are of one kind: a schedule, a callback or JSON makes the one of the other."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    return "number" if number else type(value).__name__
+    return "number" if is_number(value) else type(value).__name__
 
 
-def fits(value: object, target: Tensor) -> bool:
-    """Whether a value that was read can take the place of a tensor."""
-    return isinstance(value, Tensor) and value.shape == target.shape and value.dtype == target.dtype
+def _fits(value: object, target: Tensor | None) -> bool:
+    if not isinstance(value, Tensor) or target is None:
+        return False
+    return value.shape == target.shape and value.dtype == target.dtype

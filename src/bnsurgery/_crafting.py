@@ -26,15 +26,18 @@ class AttackStep:
         self._replicas = replicas if can_attack_a_copy(attack, model) else None
         self.strength = 1.0
 
-    @property
-    def changes(self) -> int:
-        """Of the copies, see there; a run that goes on begins with it."""
-        return 0 if self._replicas is None else self._replicas.changes
+    def copies(self) -> dict[str, Any]:
+        """What a run that goes on has to know of the copies, as plain values."""
+        return {} if self._replicas is None else self._replicas.state()
 
-    @changes.setter
-    def changes(self, changes: int) -> None:
+    def restore_copies(self, state: dict[str, Any]) -> None:
+        """Goes on with it.
+
+        Raises:
+            ValueError: it is something else.
+        """
         if self._replicas is not None:
-            self._replicas.changes = changes
+            self._replicas.restore(state)
 
     @property
     def live(self) -> bool:

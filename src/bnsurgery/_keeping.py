@@ -107,14 +107,15 @@ class Keeper:
             self._tuning.restore(state["tuning"], len(self.history))
             own = self._own(state["processes"], split=bool(state["split"]))
             buffers = self._buffers(targets)
-            for name, value in own["buffers"].items():
-                if name not in buffers or not _checkpoints.fits(value, buffers[name]):
-                    raise ValueError(f"a buffer {name!r} that processes do not have of their own, or not so")
-                with torch.no_grad():
+            _checkpoints.require_fit(path, own["buffers"], {name: buffers.get(name) for name in own["buffers"]})
+            with torch.no_grad():
+                for name, value in own["buffers"].items():
                     targets[name].copy_(value)
             self._generator.set_state(own["attack"])
             found = Place(**own["data"])
         if self.ended == "epochs":
+            with _states.taken_apart(path):
+                self._tuning.restore_copies(own["copies"])
             self._data.restore(path, found, self._tuning.epoch, same=same)
         with _states.taken_apart(path):
             if own["random"] is not None:
@@ -185,6 +186,7 @@ class Keeper:
             "attack": self._generator.get_state(),
             "data": asdict(self._data.state()),
             "random": global_random_state(self._device),
+            "copies": self._tuning.copies(),
             "buffers": {} if self._ranks.alone else self._buffers(targets),
         }
         return {

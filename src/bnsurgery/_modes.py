@@ -43,6 +43,19 @@ def preserved(model: nn.Module, *, buffers: bool = True) -> Iterator[None]:
             held.restore()
 
 
+@contextmanager
+def gradients_aside(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Takes the gradients of some parameters away for the block, and puts them back on leaving it."""
+    held = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in held:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, grad in held:
+            parameter.grad = grad
+
+
 class Buffers:
     """The buffers of a model, to be put back: the tensors, which a forward pass may replace, and their values."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,13 @@ class Tally:
             left_out=self.left_out,
             seconds=self.seconds,
         )
+
+
+def is_number(value: object) -> bool:
+    """Whether this is one number: Python's, NumPy's or in a tensor."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def require_numbers(values: dict[str, Any]) -> None:

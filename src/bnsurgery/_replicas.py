@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bnsurgery._branches import route_of
 from bnsurgery._copies import by_itself, evaluation_copy, is_faithful
 from bnsurgery._modes import global_state
+from bnsurgery._records import require_numbers
 from bnsurgery._replica import Replica, planned
 from bnsurgery.adapters import check_attack, craft, is_around, is_autoattack, is_torchattacks
 from bnsurgery.attacks import PGD
@@ -41,7 +42,12 @@ class Replicas:
         self.compiled = compile
         self._by_shape: dict[Any, Replica] = {}
         self._changes = 0
-        self.none = False
+        self._reason: str | None = None
+
+    @property
+    def none(self) -> bool:
+        """Whether there can be no copies."""
+        return self._reason is not None
 
     def fresh(self, x: Tensor) -> Replica | None:
         """A copy for inputs like x (N, ...), with the live model's values; None, said once, where there can be none."""
@@ -69,16 +75,26 @@ class Replicas:
             return self._nothing(str(error))
         return self._by_shape[key]
 
-    @property
-    def changes(self) -> int:
-        """How often in a row the live model had changed, with what has changed by now."""
-        if self.none or not self._by_shape:
-            return self._changes
-        return 0 if self._same() else self._changes + 1
+    def state(self) -> dict[str, Any]:
+        """How often in a row the live model had changed, with what has changed by now; and why there are no copies."""
+        changes = self._changes
+        if self._by_shape:
+            changes = 0 if self._same() else changes + 1
+        return {"changes": changes, "none": self._reason}
 
-    @changes.setter
-    def changes(self, changes: int) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from there.
+
+        Raises:
+            ValueError: this is no such state.
+        """
+        changes, reason = state["changes"], state["none"]
+        require_numbers({"changes": changes})
+        if reason is not None and not isinstance(reason, str):
+            raise ValueError(f"there are no copies because of {reason!r}")
         self._changes = changes
+        if reason is not None:
+            self._nothing(reason)
 
     def _same(self) -> bool:
         """Whether the live model is as it was copied."""
@@ -95,7 +111,7 @@ class Replicas:
         return Replica(self._model, x, example, self._engine, plan=plan, dtype=self._dtype, compile=self._compile)
 
     def _nothing(self, reason: str) -> Replica | None:
-        self.none = True
+        self._reason = reason
         self._by_shape.clear()
         warnings.warn(
             f"attacks run on the live model, as with engine='plain': {reason}", BNSurgeryWarning, stacklevel=5

@@ -196,19 +196,23 @@ class Share:
             )
 
     def require_same(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Parameters are to be the same in all processes, to the bit, after any number of steps.
+        """Parameters and statistics are to be the same in all processes, to the bit, after any number of steps.
+
+        Statistics not with ``sync="none"``.
 
         Raises:
             BNSurgeryError: they are not.
         """
         if self.ranks.alone:
             return
-        own = _states.fingerprint((str(number), parameter) for number, parameter in enumerate(parameters))
+        tensors = [*parameters, *self.exchanged()]
+        own = _states.fingerprint((str(number), tensor) for number, tensor in enumerate(tensors))
         if len(set(self.ranks.gather(own))) > 1:
             raise BNSurgeryError(
-                "the parameters of the processes have become different, though each is to make the same updates: look "
-                "for what one of them does alone (an optimizer that draws random numbers or gives NaN, a callback that "
-                "changes parameters or the optimizer's options); a checkpoint on disk is of before that"
+                "the parameters or statistics of the processes have become different, though each is to make the same "
+                "updates: look for what one of them does alone (an optimizer that draws random numbers or gives NaN, a "
+                "callback that changes parameters, statistics or the optimizer's options); a checkpoint on disk is of "
+                "before that"
             )
 
     def exchanged(self) -> list[Tensor]:

@@ -273,7 +273,7 @@ class Step:
             return
         self._undo.note()
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * float(factor)
         self._optimizer.step()
         if not is_finite(self._parameters):
             raise NotFinite(f"the optimizer's update of {self._name_of_last(lambda parameter: parameter)}")

@@ -82,9 +82,7 @@ class Tuning:
 
     def state(self) -> dict[str, Any]:
         """Where the run is, but for its data, as plain values."""
-        make = self._step.make
         return {
-            "changes": 0 if make is None else make.changes,
             "epoch": self.epoch,
             "step": self.step,
             "stopped": self.stopped,
@@ -98,13 +96,25 @@ class Tuning:
             ValueError: this is no place in the run.
         """
         epoch, step, tally = state["epoch"], state["step"], Tally(**state["tally"])
-        require_numbers(asdict(tally) | {"step": step, "changes": state["changes"]})
-        if self._step.make is not None:
-            self._step.make.changes = state["changes"]
+        require_numbers(asdict(tally) | {"step": step})
         if epoch != epochs or not isinstance(step, int) or step < 0 or not isinstance(state["stopped"], bool):
             raise ValueError(f"step {step!r} of epoch {epoch!r}, after {epochs} epochs")
         self.epoch, self.step, self.tally, self.stopped = epoch, step, tally, state["stopped"]
         self._bar.update(self.step)
+
+    def copies(self) -> dict[str, Any]:
+        """What this process knows of the copies that it attacks, as plain values."""
+        make = self._step.make
+        return {} if make is None else make.copies()
+
+    def restore_copies(self, copies: dict[str, Any]) -> None:
+        """Goes on knowing it.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if self._step.make is not None:
+            self._step.make.restore_copies(copies)
 
     def run_epoch(self, after: Callable[[bool], None], asked: Callable[[], dict[str, bool]]) -> EpochRecord:
         """An epoch, or what is left of it, or less where ``max_steps`` or a callback ends it.

@@ -34,7 +34,7 @@ from bnsurgery._arguments import (
 from bnsurgery._branches import layout_of
 from bnsurgery._crafting import AttackStep
 from bnsurgery._keeping import Keeper
-from bnsurgery._modes import global_state, preserved
+from bnsurgery._modes import global_state, gradients_aside, preserved
 from bnsurgery._random import seed_global
 from bnsurgery._ranks import Ranks
 from bnsurgery._records import Callback, EpochRecord, StepCallback, StepRecord
@@ -298,7 +298,6 @@ def adv_finetune(
         autocast = torch.bfloat16 if step_precision == "bfloat16" else None
         if step_precision == "auto":
             autocast = dtype_for(root, "auto", lower=True)
-        ranks.as_first(list(_checkpoints.tensors(root, tuple(parameters), chosen).values()))
         descriptions = ranks.gather(described(data))
         configuration = {
             "attack": attack_text(attack, eps_warmup),
@@ -323,7 +322,11 @@ def adv_finetune(
             **layout_of(root),
         }
         not_kept = {"data_order": data_order, "max_seconds given": max_seconds is not None, "shard": shard}
+        moved = _checkpoints.tensors(root, tuple(parameters), chosen)
+        layout = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in moved.items()}
         _states.require_same_in_all(ranks, {**configuration, **not_kept, "on_nonfinite": on_nonfinite})
+        _states.require_same_in_all(ranks, layout)
+        ranks.as_first(list(moved.values()))
         with_callbacks = ranks.any(bool(each_epoch))
         signals = Signals(wanted=path is not None)
         step = Step(
@@ -367,7 +370,8 @@ def adv_finetune(
             before_callbacks=with_callbacks,
         )
         kept = keeping_memory(device, wanted=switches is not None and switches.keep_memory)
-        with tuning.running(), kept, signals:
+        stepped = [] if chosen is None else [p for group in chosen.param_groups for p in group["params"]]
+        with tuning.running(), kept, signals, gradients_aside(stepped):
             keeper.begin(same=data_order == "same")
             ended = keeper.ended
             while tuning.epoch < epochs and ended == "epochs":
