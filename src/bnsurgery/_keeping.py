@@ -132,7 +132,7 @@ class Keeper:
         ``last``: the epoch ends with it; its callbacks are to come.
 
         Raises:
-            BNSurgeryError: the parameters of several processes have become different.
+            BNSurgeryError: parameters or statistics of several processes have become different.
         """
         asked = self.asked() if self._ranks.alone else dict(self._share.asked)
         if last:  # since the last exchange too: callbacks may take long
@@ -148,7 +148,7 @@ class Keeper:
         """Writes a checkpoint after an epoch and its callbacks.
 
         Raises:
-            BNSurgeryError: the parameters of several processes have become different.
+            BNSurgeryError: parameters or statistics of several processes have become different.
         """
         self._tuning.require_same()
         if self._path is None:

@@ -150,7 +150,7 @@ class Tuning:
         return self.tally.record(self.epoch, self._step.lr)
 
     def require_same(self) -> None:
-        """Raises :class:`BNSurgeryError` where what trains differs from process to process."""
+        """Raises :class:`BNSurgeryError` where what trains, or statistics, differ from process to process."""
         self._step.require_same()
 
     @property
