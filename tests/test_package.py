@@ -20,6 +20,7 @@ OPTIONAL = ("torchvision", "torchattacks", "pyautoattack", "autoattack", "matplo
 
 ORDER = [
     "errors",
+    "_records",
     "_allocator",
     "_files",
     "_random",
@@ -60,7 +61,6 @@ ORDER = [
     "patches",
     "_nonfinite",
     "_undo",
-    "_records",
     "_synchronized",
     "_sharing",
     "_source",
