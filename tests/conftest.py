@@ -1,7 +1,12 @@
-"""How the tests run: one thread, the same Hypothesis examples each time, GPU tests only where there is a GPU."""
+"""How the tests run.
+
+One thread, also in the processes that they start; the same Hypothesis examples each time; GPU tests only where there is a
+GPU. Nothing depends on which tests ran before, so that they can be shared out among processes (``pytest -n 2``).
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +19,7 @@ from hypothesis import HealthCheck, settings
 import networks  # noqa: F401 - it puts the examples on the path
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 settings.register_profile(
     "bnsurgery",
     deadline=None,

@@ -367,7 +367,11 @@ def test_tensors_come_back_to_the_bit(dtype: torch.dtype, shape: tuple[int, ...]
         assert torch.equal(back[name], held[name])
 
 
-@pytest.mark.parametrize("value", [object(), {1.5: 2}, {"a": {3}}, torch.eye(2).to_sparse(), 1j], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [object(), {1.5: 2}, {"a": {3}}, torch.eye(2).to_sparse(), 1j],
+    ids=["object", "keys that are numbers", "set", "sparse tensor", "complex"],
+)
 def test_what_cannot_be_kept_is_said(value: object) -> None:
     with pytest.raises(TypeError, match=r"checkpoint"):
         states.dumped("kind", {"value": value})
