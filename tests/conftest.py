@@ -1,7 +1,7 @@
 """How the tests run.
 
-One thread, also in the processes that they start; the same Hypothesis examples each time; GPU tests only where there is a
-GPU. Nothing depends on which tests ran before, so that they can be shared out among processes (``pytest -n 2``).
+One thread, also in the processes that they start; the same Hypothesis examples each time; GPU tests only where there is
+a GPU. Nothing depends on which tests ran before, so that they can be shared out among processes (``pytest -n 2``).
 """
 
 from __future__ import annotations
