@@ -72,6 +72,7 @@ CASES = {
     "mobilenet_v2": Case("mobilenet_v2", batch=16, size=224, classes=1000),
     "densenet121": Case("densenet121", batch=16, size=224, classes=1000),
 }
+OF_MEMORY = ("memory_command", "peak_mebibytes", "peak_mebibytes_of_tensors")
 
 
 def main() -> int:
@@ -92,8 +93,10 @@ def main() -> int:
         print(f"\n{name}, batch {case.batch}, {case.size} x {case.size}, {args.device}", flush=True)
         command = record["environment"]["command"]
         if not args.only_memory:
+            known = record["models"].get(name, {})
+            kept = {} if args.memory_repeats else {key: known[key] for key in OF_MEMORY if key in known}
             record["models"][name] = {"command": command, "seed": SEED, "case": asdict(case)}
-            record["models"][name] |= measure(case, device, args)
+            record["models"][name] |= measure(case, device, args) | kept
         measured = record["models"][name]
         measured["summary"] = summary(measured)
         write()  # what took minutes is safe
@@ -112,7 +115,8 @@ def arguments() -> argparse.Namespace:
     parser = parser_of_steps(__doc__, repeats=5, steps=2)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--compile", action="store_true", help="measure compile=True too")
-    parser.add_argument("--memory-repeats", type=int, default=3, help="measurements of peak memory; 0: none")
+    kept = "measurements of peak memory; 0: keep what --out holds"
+    parser.add_argument("--memory-repeats", type=int, default=3, help=kept)
     parser.add_argument("--only-memory", action="store_true", help="add to what --out holds: peak memory alone")
     parser.add_argument("--memory-of", choices=CONTENDERS, help="print the peak memory of this contender, and end")
     parser.add_argument("--tensors", action="store_true", help="for --memory-of: of its tensors alone")
